@@ -1,0 +1,263 @@
+"""Control messages between device and server: JSON, strict, versioned by the path (`/v1/...`).
+
+Turn-away is a value here (`Waiting`, `Rejected`); failures travel as problem+json made from `errors`.
+Times are durations in seconds, so that no device's clock matters. `docs/protocol.md` is the normative text.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from homespun.errors import BadFrame
+
+PROTOCOL_VERSION = 1
+
+# \Z and not $, which also matches before a newline at the end.
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Base64 = Annotated[str, Meta(max_length=1024)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+# Every language reads whole numbers up to 2^53 - 1 from JSON without loss.
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A record with exactly these fields."""
+
+
+class TaskKind(StrEnum):
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    ANALYZE = "analyze"
+
+
+class Aggregation(StrEnum):
+    """How contributions are added up: `secure` (masked, only sums are ever seen) or `plain`."""
+
+    SECURE = "secure"
+    PLAIN = "plain"
+
+
+class RetryWindow(Message, frozen=True, kw_only=True):
+    """Come back at a time drawn once, uniformly, from [earliest_s, latest_s] from now."""
+
+    earliest_s: Seconds
+    latest_s: Seconds
+
+
+class Bucket(Message, frozen=True, kw_only=True):
+    """The devices whose salted hash falls into [low, high): disjoint buckets never share a device."""
+
+    salt: str
+    low: Share = 0.0
+    high: Share = 1.0
+
+
+class Criteria(Message, frozen=True, kw_only=True):
+    """What a device must hold and be; decided on the device, the answer is never sent.
+
+    `requires`: conditions that must hold (see `protocol.eligibility`); `min_examples`: relevant examples in
+    the store; `max_age_s`: only examples newer than this; `min_separation_rounds`: rounds of this task since
+    the device last took part.
+    """
+
+    requires: tuple[str, ...] = ("idle", "charging", "unmetered")
+    min_examples: Count = 1
+    max_age_s: Seconds | None = None
+    min_separation_rounds: Count = 0
+    bucket: Bucket | None = None
+
+
+class Encoding(Message, frozen=True, kw_only=True):
+    """How a contribution becomes integers; see `learning.contribution`."""
+
+    bits: Literal[16, 32] = 32
+    clip_norm: Annotated[float, Meta(gt=0)]
+    max_weight: Count
+    max_group: Positive
+
+
+# --- enrolment ----------------------------------------------------------------------------------------
+
+
+class Enroll(Message, frozen=True, kw_only=True):
+    """A device asks to join a population. The request itself is signed with `public_key` (Ed25519, raw)."""
+
+    population: Name
+    token: Annotated[str, Meta(max_length=200)]
+    public_key: Base64
+
+
+class Enrolled(Message, frozen=True, kw_only=True):
+    """`publisher_keys`: Ed25519 keys (base64, raw) whose plans and releases the device may run."""
+
+    device_id: str
+    population: Name
+    publisher_keys: tuple[Base64, ...]
+
+
+# --- check-in, claim ----------------------------------------------------------------------------------
+
+
+class CheckIn(Message, frozen=True, kw_only=True):
+    """`wait_s`: how long the server may hold the answer until there is an offer (long poll)."""
+
+    population: Name
+    plan_formats: tuple[int, ...] = (1,)
+    wait_s: Seconds = 0.0
+
+
+class Offer(Message, frozen=True, kw_only=True):
+    """One open round, and all a device needs to decide whether to claim it."""
+
+    task_id: str
+    task_name: str
+    kind: TaskKind
+    round_number: Positive
+    attempt: Positive
+    plan_hash: Sha256
+    criteria: Criteria
+    aggregation: Aggregation
+    min_group: Positive
+    download_bytes: Count
+    upload_bytes: Count
+
+
+class ReleaseNotice(Message, frozen=True, kw_only=True):
+    """The newest release of a slot; the signed manifest itself is fetched apart."""
+
+    slot: Name
+    sequence: Positive
+
+
+class CheckInReply(Message, frozen=True, kw_only=True):
+    """`offers`: open rounds, fairly ordered; `retry`: when to check in again if none fits."""
+
+    offers: tuple[Offer, ...]
+    releases: tuple[ReleaseNotice, ...]
+    retry: RetryWindow
+
+
+class Claim(Message, frozen=True, kw_only=True):
+    """The device decided to take part. Repeating a claim returns the same answer."""
+
+    task_id: str
+    round_number: Positive
+    attempt: Positive
+    wait_s: Seconds = 0.0
+
+
+class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
+    """The device is in the cohort.
+
+    `checkpoints`: what to train from (one), or to evaluate (candidate first, incumbent second);
+    `parameters_seed`: public randomness of this round attempt, mixed with the device's own seed.
+    """
+
+    assignment_id: str
+    kind: TaskKind
+    round_number: Positive
+    attempt: Positive
+    plan_hash: Sha256
+    checkpoints: tuple[Sha256, ...]
+    encoding: Encoding
+    aggregation: Aggregation
+    seed: int
+    deadline_s: Seconds
+
+
+class Waiting(Message, frozen=True, kw_only=True, tag="waiting"):
+    """Claimed; the draw is still to come. Claim again at once, or within the window."""
+
+    retry: RetryWindow
+
+
+class Rejected(Message, frozen=True, kw_only=True, tag="rejected"):
+    """Not this time. `reason`: not_drawn, round_closed, unknown_round, not_in_bucket."""
+
+    reason: str
+    retry: RetryWindow
+
+
+ClaimReply = Assigned | Waiting | Rejected
+
+
+# --- report -------------------------------------------------------------------------------------------
+
+
+class ReportState(StrEnum):
+    """What became of a report. INCLUDED and VOID are final; there is no silence."""
+
+    EXPECTED = "expected"
+    ACKNOWLEDGED = "acknowledged"
+    INCLUDED = "included"
+    VOID = "void"
+    LATE = "late"
+
+
+class Receipt(Message, frozen=True, kw_only=True):
+    """`digest`: SHA-256 of the report's body; `checkpoint`: the one it went into; `reason`: why void or late."""
+
+    assignment_id: str
+    state: ReportState
+    digest: Sha256 | None = None
+    checkpoint: Sha256 | None = None
+    reason: str = ""
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """The device gives up an assignment before reporting; nothing more is said about why."""
+
+    assignment_id: str
+
+
+# --- releases -----------------------------------------------------------------------------------------
+
+
+class ReleaseManifest(Message, frozen=True, kw_only=True):
+    """What a slot serves. Signed by the publisher; `sequence` only grows, a rollback is a higher number.
+
+    A device belongs to the stage when `unit_interval(stage_salt, device salt) < fraction`; the others keep
+    `previous_checkpoint`.
+    """
+
+    population: Name
+    slot: Name
+    sequence: Positive
+    version: str
+    plan_hash: Sha256
+    checkpoint: Sha256
+    fraction: Share = 1.0
+    stage_salt: str = ""
+    issued_at: float
+
+
+class SignedRelease(Message, frozen=True, kw_only=True):
+    """`manifest`: the exact bytes that were signed, base64; `signature`: Ed25519, base64."""
+
+    manifest: Annotated[str, Meta(max_length=16384)]
+    signature: Base64
+
+
+M = TypeVar("M")
+
+
+def encode(message: Any) -> bytes:
+    """Canonical JSON: sorted keys, no spaces."""
+    return msgspec.json.encode(message, order="deterministic")
+
+
+def decode(data: bytes, kind: type[M] | Any) -> M:
+    """Strict JSON. Raises `BadFrame` naming the field that is wrong."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise BadFrame(f"the message does not fit: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadFrame(f"not JSON: {error}") from error

@@ -1,0 +1,124 @@
+"""The round: one execution of a task against one base checkpoint.
+
+`due` looks at a small view of a round and says which event, if any, the counts and the clock call for. The
+shell loads the view, applies the event in one transaction and persists before it publishes; no deadline
+depends on a process staying alive, because `due` asks only the view and the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import ceil
+
+from homespun.protocol.machine import Machine, Row
+
+
+class RoundState(StrEnum):
+    PLANNED = "planned"
+    OPEN = "open"
+    RUNNING = "running"
+    CLOSING = "closing"
+    UNMASKING = "unmasking"
+    AGGREGATED = "aggregated"
+    COMMITTED = "committed"
+    SCRUBBED = "scrubbed"
+    ABANDONED = "abandoned"
+    CANCELLED = "cancelled"
+
+
+class RoundEvent(StrEnum):
+    OPEN = "open"
+    SELECT = "select"
+    CLOSE = "close"
+    ABANDON = "abandon"
+    UNMASK = "unmask"
+    AGGREGATE = "aggregate"
+    COMMIT = "commit"
+    SCRUB = "scrub"
+    CANCEL = "cancel"
+
+
+R, E = RoundState, RoundEvent
+_LIVE = (R.PLANNED, R.OPEN, R.RUNNING, R.CLOSING, R.UNMASKING, R.AGGREGATED)
+
+ROUND: Machine[RoundState, RoundEvent] = Machine(
+    "round",
+    R.PLANNED,
+    (
+        Row(R.PLANNED, E.OPEN, R.OPEN, "head is the base checkpoint"),
+        Row(R.OPEN, E.SELECT, R.RUNNING, "pool filled, or window over and pool >= minimum"),
+        Row(
+            R.RUNNING,
+            E.CLOSE,
+            R.CLOSING,
+            "goal reached, or nobody left to wait for and reports >= minimum",
+        ),
+        Row(R.RUNNING, E.ABANDON, R.ABANDONED, "nobody left to wait for and reports < minimum"),
+        Row(R.CLOSING, E.AGGREGATE, R.AGGREGATED, "plain sums complete"),
+        Row(R.CLOSING, E.UNMASK, R.UNMASKING, "survivors stored, then published"),
+        Row(
+            R.UNMASKING,
+            E.AGGREGATE,
+            R.AGGREGATED,
+            "every group opened or dropped, count >= minimum",
+        ),
+        Row(R.CLOSING, E.ABANDON, R.ABANDONED, "sums unusable"),
+        Row(R.UNMASKING, E.ABANDON, R.ABANDONED, "count < minimum"),
+        Row(R.AGGREGATED, E.COMMIT, R.COMMITTED, "head still the base, all values finite"),
+        Row(R.AGGREGATED, E.ABANDON, R.ABANDONED, "head moved, or values not finite"),
+        Row(R.COMMITTED, E.SCRUB, R.SCRUBBED),
+        *(Row(state, E.CANCEL, R.CANCELLED) for state in _LIVE),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """What `due` needs to know. Times are Unix seconds; `pool_target` is the pool that ends the window early."""
+
+    state: RoundState
+    goal: int
+    minimum: int
+    over_selection: float
+    pool_target: int
+    select_at: float
+    deadline_at: float
+    num_waiting: int
+    num_assigned: int
+    num_open: int
+    num_reported: int
+
+    @property
+    def cohort_size(self) -> int:
+        return cohort_size(self.goal, self.over_selection)
+
+
+def cohort_size(goal: int, over_selection: float) -> int:
+    """Devices to assign so that `goal` of them report: ceil(goal * over_selection)."""
+    return ceil(round(goal * over_selection, 6))
+
+
+def due(view: RoundView, now: float) -> RoundEvent | None:
+    """The event that the counts and the clock call for, or None: keep waiting."""
+    match view.state:
+        case R.PLANNED:
+            return E.OPEN
+        case R.OPEN:
+            filled = view.num_waiting >= view.pool_target
+            window_over = now >= view.select_at and view.num_waiting >= view.minimum
+            return E.SELECT if filled or window_over else None
+        case R.RUNNING:
+            if view.num_reported >= view.goal:
+                return E.CLOSE
+            if now >= view.deadline_at or view.num_open == 0:
+                return E.CLOSE if view.num_reported >= view.minimum else E.ABANDON
+            return None
+        case R.CLOSING:
+            return E.AGGREGATE
+        case R.AGGREGATED:
+            return E.COMMIT
+        case R.COMMITTED:
+            return E.SCRUB
+        case _:
+            return None

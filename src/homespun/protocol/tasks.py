@@ -1,0 +1,105 @@
+"""Task descriptions: what an operator asks of a population. The same record in TOML, JSON and the database."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from homespun.errors import InvalidConfig
+from homespun.protocol.messages import (
+    Aggregation,
+    Criteria,
+    Message,
+    Name,
+    Positive,
+    RetryWindow,
+    Seconds,
+    Sha256,
+    TaskKind,
+)
+from homespun.protocol.round import cohort_size
+
+
+class OptimizerSpec(Message, frozen=True, kw_only=True):
+    """A server optimizer by name, with its settings; see `learning.optimizers`."""
+
+    name: str = "FedAvg"
+    settings: dict[str, float] = {}
+
+
+class TaskSpec(Message, frozen=True, kw_only=True):
+    """One computation for one population.
+
+    `checkpoints`: the initial one to train from, or those to evaluate (candidate, incumbent, others);
+    `goal`, `minimum`: reports that close a round, fewest allowed; `selection_s`: window in which devices
+    gather before the draw; `pool_target`: devices that end the window early (0: the cohort size);
+    `deadline_s`: from the draw to the end of waiting; `seed`: of the draws and of training.
+    """
+
+    name: Name
+    population: Name
+    kind: TaskKind
+    plan_hash: Sha256
+    checkpoints: Annotated[tuple[Sha256, ...], Meta(min_length=1, max_length=8)]
+    num_rounds: Positive = 1
+    goal: Positive
+    minimum: Positive
+    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    pool_target: Annotated[int, Meta(ge=0)] = 0
+    selection_s: Seconds = 60.0
+    deadline_s: Annotated[float, Meta(gt=0)] = 600.0
+    retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
+    criteria: Criteria = Criteria()
+    aggregation: Aggregation = Aggregation.PLAIN
+    min_group: Positive = 3
+    bits: Literal[16, 32] = 32
+    optimizer: OptimizerSpec = OptimizerSpec()
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise `InvalidConfig` for values that cannot go together."""
+        if self.minimum > self.goal:
+            raise InvalidConfig(
+                "minimum is above goal", expected=f"<= {self.goal}", got=self.minimum
+            )
+        if self.minimum < self.min_group:
+            raise InvalidConfig(
+                "minimum is below min_group: a sum over so few devices says too much about one",
+                expected=f">= {self.min_group}",
+                got=self.minimum,
+            )
+        if self.kind is TaskKind.TRAIN and len(self.checkpoints) != 1:
+            raise InvalidConfig(
+                "a training task starts from one checkpoint", got=len(self.checkpoints)
+            )
+        if self.kind is TaskKind.ANALYZE:
+            raise InvalidConfig("analyze tasks are not available yet", hint="use train or evaluate")
+        if self.aggregation is Aggregation.SECURE:
+            raise InvalidConfig(
+                "secure aggregation is not available yet", hint='set aggregation = "plain"'
+            )
+        if self.retry.latest_s < self.retry.earliest_s:
+            raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
+
+    @property
+    def cohort_size(self) -> int:
+        return cohort_size(self.goal, self.over_selection)
+
+    @property
+    def pool_size(self) -> int:
+        """Waiting devices that end the selection window early."""
+        return max(self.pool_target, self.cohort_size)
+
+
+def parse(data: object) -> TaskSpec:
+    """A task from plain data (TOML, JSON). Raises `InvalidConfig` naming the field that is wrong."""
+    try:
+        spec = msgspec.convert(data, TaskSpec)
+    except msgspec.ValidationError as error:
+        raise InvalidConfig(
+            f"task description: {error}", hint="see docs/reference/task.md"
+        ) from error
+    spec.validate()
+    return spec
