@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from homespun.corpora import UserText, read
+from homespun.corpora import UserText, gather, read
 from homespun.errors import InvalidCorpus
 
 ANNA_AND_BEN = (UserText("anna", ("hello there", "again")), UserText("ben", ("hi",)))
@@ -66,7 +66,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
     (tmp_path / "t.parquet").touch()
     monkeypatch.setattr(importlib, "import_module", import_module)
-    with pytest.raises(InvalidCorpus, match="pip install pyarrow"):
+    with pytest.raises(InvalidCorpus, match="pip install"):
         read(tmp_path / "t.parquet")
 
 
@@ -151,3 +151,23 @@ def test_a_missing_path_an_empty_folder_and_a_damaged_file_in_one(tmp_path: Path
     (tmp_path / "b.txt").write_bytes(b"one\ntwo \xff")
     with pytest.raises(InvalidCorpus, match=r"b\.txt is not UTF-8 text: byte 8, line 2"):
         read(tmp_path)
+
+
+def test_gathering_gives_the_rest_to_those_with_least() -> None:
+    sizes = {"a": 3, "b": 10, "c": 1, "d": 8, "e": 2, "f": 8}
+    users = [UserText(name, (name * size,)) for name, size in sizes.items()]
+    gathered = gather(users, 3)
+    # a joins d (8, before f), e joins f (8), c joins b (10, as f has 10 too and b comes first).
+    assert [(user.user, "".join(user.texts)) for user in gathered] == [
+        ("b", "b" * 10 + "c"),
+        ("d", "d" * 8 + "aaa"),
+        ("f", "f" * 8 + "ee"),
+    ]
+    assert gather(reversed(users), 3) == gathered
+    assert gather(users, 6) == tuple(sorted(users, key=lambda user: user.user))
+
+
+@pytest.mark.parametrize("num_users", [-1, 0, 3])
+def test_gathering_more_users_than_there_are_is_refused(num_users: int) -> None:
+    with pytest.raises(InvalidCorpus, match=f"{num_users} users are needed and the text has 2"):
+        gather(ANNA_AND_BEN, num_users)

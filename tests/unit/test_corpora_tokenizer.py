@@ -71,6 +71,11 @@ def test_there_are_at_most_twelve_marks() -> None:
     assert sentences("a " + " ".join(MARKS))[0][0] == "a"
 
 
+def test_normalising_composes_what_only_lower_case_has() -> None:
+    """J with a caron has no composed capital, j with a caron is one character."""
+    assert normalise("J\u030c") == "\u01f0"
+
+
 def test_normalising_once_is_enough_for_every_character() -> None:
     characters = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
     assert [c for c in characters if normalise(normalise(c)) != normalise(c)] == []

@@ -5,8 +5,17 @@ and marks a keyboard learns from, `vocabulary` numbers them. All are plain funct
 """
 
 from homespun.corpora.installation import docstrings, public_text
-from homespun.corpora.sources import UserText, read
+from homespun.corpora.sources import UserText, gather, read
 from homespun.corpora.tokenizer import sentences, words
 from homespun.corpora.vocabulary import Vocabulary
 
-__all__ = ["UserText", "Vocabulary", "docstrings", "public_text", "read", "sentences", "words"]
+__all__ = [
+    "UserText",
+    "Vocabulary",
+    "docstrings",
+    "gather",
+    "public_text",
+    "read",
+    "sentences",
+    "words",
+]

@@ -87,7 +87,9 @@ def _compiled_in_help() -> list[str]:
     """What `help()` says about modules without a source file, their functions and classes."""
     found: dict[str, None] = {}  # a text that several members share counts once
     for name in sorted(sys.builtin_module_names):
-        module = importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are deprecated; their help is still English
+            module = importlib.import_module(name)
         documented: list[object] = [module]
         for _, member in sorted(vars(module).items()):
             # Only what the interpreter put there: a program may have replaced sys.stdout and so on.

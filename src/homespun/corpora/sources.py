@@ -73,6 +73,29 @@ def read(path: str | Path) -> tuple[UserText, ...]:
     return tuple(UserText(user, tuple(texts[user])) for user in sorted(texts))
 
 
+def gather(users: Iterable[UserText], num_users: int) -> tuple[UserText, ...]:
+    """Exactly `num_users` users, sorted by name: those with the most text, who share out the rest.
+
+    Each other user's texts, the longest first, join those of the one who has the least by then. Text
+    is measured in characters, ties go by name. Raises InvalidCorpus when there are too few users.
+    """
+    ranked = sorted(users, key=lambda user: (-_num_characters(user), user.user))
+    if not 0 < num_users <= len(ranked):
+        raise InvalidCorpus(
+            f"{num_users} users are needed and the text has {len(ranked)}",
+            hint="give text of more people, or ask for fewer devices",
+        )
+    gathered = ranked[:num_users]
+    for user in ranked[num_users:]:
+        index, least = min(enumerate(gathered), key=lambda at: (_num_characters(at[1]), at[1].user))
+        gathered[index] = UserText(least.user, least.texts + user.texts)
+    return tuple(sorted(gathered, key=lambda user: user.user))
+
+
+def _num_characters(user: UserText) -> int:
+    return sum(len(text) for text in user.texts)
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file, a byte-order mark removed. Raises InvalidCorpus when it is not one."""
     data = _read_bytes(path)
@@ -109,7 +132,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, str]]:
     except ImportError as error:
         raise InvalidCorpus(
             f"reading {path} needs pyarrow, which is not installed",
-            hint="pip install pyarrow, or convert the table to .jsonl",
+            hint='pip install "homespun[parquet]", or convert the table to .jsonl',
         ) from error
     data = _read_bytes(path)
     arrow = importlib.import_module("pyarrow")

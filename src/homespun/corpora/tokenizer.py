@@ -91,6 +91,7 @@ def words(text: str) -> list[str]:
 
 
 def is_word(token: str) -> bool:
+    """Whether a token of `sentences` is a word: not a mark, not `<unk>`."""
     return token != UNKNOWN and token not in MARKS
 
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from homespun.corpora.tokenizer import MARKS, MAX_WORD_LENGTH, UNKNOWN, sentences, words
+from homespun.corpora.tokenizer import MARKS, UNKNOWN, sentences, words
 from homespun.errors import InvalidCorpus
 
 PAD_ID = 0
@@ -137,4 +137,4 @@ class Vocabulary:
 
 
 def _could_be_a_word(word: object) -> bool:
-    return isinstance(word, str) and len(word) <= MAX_WORD_LENGTH and sentences(word) == [[word]]
+    return isinstance(word, str) and sentences(word) == [[word]]
