@@ -12,9 +12,8 @@ import numpy as np
 
 
 def derive_seed(seed: int, *path: str | int) -> int:
-    """A 64-bit seed for the sub-stream that `path` names."""
-    text = "/".join([str(seed), *(str(part) for part in path)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    """A seed in [0, 2^53) for the sub-stream that `path` names; JSON and SQL carry it without loss."""
+    return _hash53("/".join([str(seed), *(str(part) for part in path)]))
 
 
 def stream(seed: int, *path: str | int) -> np.random.Generator:
@@ -24,6 +23,9 @@ def stream(seed: int, *path: str | int) -> np.random.Generator:
 
 def unit_interval(*path: str | int) -> float:
     """A stable point of [0, 1) for `path`: salted buckets, draws that both sides can repeat."""
-    text = "/".join(str(part) for part in path)
-    # 53 bits, as many as a float holds exactly: 64 would sometimes round up to 1.0, which no bucket contains.
-    return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2.0**53
+    return _hash53("/".join(str(part) for part in path)) / 2.0**53
+
+
+def _hash53(text: str) -> int:
+    # The first 53 bits of the SHA-256: as many as a float holds exactly, in every language.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11

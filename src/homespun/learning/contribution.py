@@ -90,7 +90,7 @@ class ContributionCodec:
         return (*_LEADING, *(f"{m}.{part}" for m in self.metrics for part in ("sum", "count")))
 
     def weight(self, num_examples: int) -> float:
-        """min(n, max_weight) / max_weight, in (0, 1], a whole number of auxiliary steps."""
+        """min(n, max_weight) / max_weight, in (0, 1], a whole number of auxiliary steps and at least one."""
         if self.max_weight == 0:
             return 1.0
         steps = round(min(num_examples, self.max_weight) / self.max_weight * AUX_SCALE)
@@ -150,8 +150,9 @@ class ContributionCodec:
             )
         self._check_aux_shape(contribution)
         values = dict(zip(self.aux_names, _decode_aux(contribution.aux), strict=True))
+        lightest = self.weight(0)
         if (
-            not 0.0 < values["weight"] <= 1.0
+            not lightest <= values["weight"] <= 1.0
             or values["clients"] != 1.0
             or values["clipped"] not in (0.0, 1.0)
         ):

@@ -67,4 +67,5 @@ def server_optimizer(name: str, settings: Settings) -> ServerOptimizer:
 
 
 def zeros(prefix: str, parameters: Tree) -> State:
+    """A moment of zeros for every parameter."""
     return {f"{prefix}/{name}": np.zeros_like(array) for name, array in parameters.items()}

@@ -63,9 +63,7 @@ def unmet_conditions(
                 Refusal(code=f"unknown_{name}", text=f"cannot tell whether the device is {words}")
             )
         elif value is False:
-            refusals.append(
-                Refusal(code=f"not_{name}", text=f"the device is not {words}")
-            )
+            refusals.append(Refusal(code=f"not_{name}", text=f"the device is not {words}"))
     return tuple(refusals)
 
 

@@ -30,11 +30,16 @@ def frame_size(bits: int, num_aux: int, dimension: int) -> int:
     return _HEADER.size + 8 * num_aux + dimension * bits // 8
 
 
-def encode_contribution(contribution: Contribution) -> bytes:
-    """Contribution to body."""
+def frame_parts(contribution: Contribution) -> tuple[bytes, bytes, memoryview]:
+    """Contribution to the pieces of a body; the last one is a view, so that a large sum is not copied."""
     main, aux = contribution.main, contribution.aux
     header = _HEADER.pack(MAGIC, 8 * main.dtype.itemsize, 0, aux.size, main.size)
-    return b"".join((header, aux.astype("<u8").tobytes(), main.tobytes()))
+    return header, aux.astype("<u8").tobytes(), main.data.cast("B")
+
+
+def encode_contribution(contribution: Contribution) -> bytes:
+    """Contribution to body."""
+    return b"".join(frame_parts(contribution))
 
 
 def decode_contribution(body: bytes | bytearray | memoryview) -> Contribution:

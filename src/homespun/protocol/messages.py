@@ -45,14 +45,20 @@ class Aggregation(StrEnum):
 
 
 class RetryWindow(Message, frozen=True, kw_only=True):
-    """Come back at a time drawn once, uniformly, from [earliest_s, latest_s] from now."""
+    """Come back at a time drawn once, uniformly, between the two.
+
+    `earliest_s`: from now; `latest_s`: from now.
+    """
 
     earliest_s: Seconds
     latest_s: Seconds
 
 
 class Bucket(Message, frozen=True, kw_only=True):
-    """The devices whose salted hash falls into [low, high): disjoint buckets never share a device."""
+    """The devices whose salted hash falls into [low, high): disjoint buckets never share a device.
+
+    `salt`: goes before the device id in the hash; `low`: included; `high`: not included.
+    """
 
     salt: str
     low: Share = 0.0
@@ -63,8 +69,8 @@ class Criteria(Message, frozen=True, kw_only=True):
     """What a device must hold and be; decided on the device, the answer is never sent.
 
     `requires`: conditions that must hold (see `protocol.eligibility`); `min_examples`: relevant examples in
-    the store; `max_age_s`: only examples newer than this; `min_separation_rounds`: rounds of this task since
-    the device last took part.
+    the store; `max_age_s`: only examples newer than this; `min_separation_rounds`: rounds of this task that
+    must lie between two in which the device takes part; `bucket`: only these devices (null: all).
     """
 
     requires: tuple[str, ...] = ("idle", "charging", "unmetered")
@@ -75,7 +81,11 @@ class Criteria(Message, frozen=True, kw_only=True):
 
 
 class Encoding(Message, frozen=True, kw_only=True):
-    """How a contribution becomes integers; see `learning.contribution`."""
+    """How a contribution becomes integers.
+
+    `bits`: of a main word; `clip_norm`: L2 bound of an update; `max_weight`: examples beyond which a device
+    weighs no more (0: every device weighs 1); `max_group`: most contributions in one sum.
+    """
 
     bits: Literal[16, 32] = 32
     clip_norm: Annotated[float, Meta(gt=0)]
@@ -87,7 +97,10 @@ class Encoding(Message, frozen=True, kw_only=True):
 
 
 class Enroll(Message, frozen=True, kw_only=True):
-    """A device asks to join a population. The request itself is signed with `public_key` (Ed25519, raw)."""
+    """A device asks to join a population. The request itself is signed with the key that it brings.
+
+    `token`: the join token that the operator handed out; `public_key`: Ed25519, raw, base64.
+    """
 
     population: Name
     token: Annotated[str, Meta(max_length=200)]
@@ -95,7 +108,11 @@ class Enroll(Message, frozen=True, kw_only=True):
 
 
 class Enrolled(Message, frozen=True, kw_only=True):
-    """`publisher_keys`: Ed25519 keys (base64, raw) whose plans and releases the device may run."""
+    """The device belongs to the population now. The answer to a repeated request is the same.
+
+    `device_id`: the first 16 bytes of the SHA-256 of the public key, hexadecimal; `publisher_keys`: Ed25519
+    keys (raw, base64) whose plans and releases the device may run.
+    """
 
     device_id: str
     population: Name
@@ -106,7 +123,7 @@ class Enrolled(Message, frozen=True, kw_only=True):
 
 
 class CheckIn(Message, frozen=True, kw_only=True):
-    """`wait_s`: how long the server may hold the answer until there is an offer (long poll)."""
+    """The device is ready to take part. `plan_formats`: formats of plans that it can run."""
 
     population: Name
     plan_formats: tuple[int, ...] = (1,)
@@ -114,7 +131,11 @@ class CheckIn(Message, frozen=True, kw_only=True):
 
 
 class Offer(Message, frozen=True, kw_only=True):
-    """One open round, and all a device needs to decide whether to claim it."""
+    """One open round, and all a device needs to decide whether to claim it.
+
+    `min_group`: fewest contributions that are ever decoded together; `download_bytes`: plan and checkpoints;
+    `upload_bytes`: one report.
+    """
 
     task_id: str
     task_name: str
@@ -137,7 +158,11 @@ class ReleaseNotice(Message, frozen=True, kw_only=True):
 
 
 class CheckInReply(Message, frozen=True, kw_only=True):
-    """`offers`: open rounds, fairly ordered; `retry`: when to check in again if none fits."""
+    """What there is to do.
+
+    `offers`: open rounds, fairly ordered; `releases`: one for each slot that has any; `retry`: when to check
+    in again if no offer fits.
+    """
 
     offers: tuple[Offer, ...]
     releases: tuple[ReleaseNotice, ...]
@@ -156,8 +181,9 @@ class Claim(Message, frozen=True, kw_only=True):
 class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
     """The device is in the cohort.
 
-    `checkpoints`: what to train from (one), or to evaluate (candidate first, incumbent second);
-    `parameters_seed`: public randomness of this round attempt, mixed with the device's own seed.
+    `checkpoints`: what to train from (one), or to evaluate (candidate first, incumbent second); `encoding`:
+    how the contribution is encoded; `seed`: public randomness of this round attempt, mixed with the device's
+    own seed; `deadline_s`: time left to report.
     """
 
     assignment_id: str
@@ -173,13 +199,13 @@ class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
 
 
 class Waiting(Message, frozen=True, kw_only=True, tag="waiting"):
-    """Claimed; the draw is still to come. Claim again at once, or within the window."""
+    """Claimed; the draw is still to come. `retry`: claim again within this window."""
 
     retry: RetryWindow
 
 
 class Rejected(Message, frozen=True, kw_only=True, tag="rejected"):
-    """Not this time. `reason`: not_drawn, round_closed, unknown_round, not_in_bucket."""
+    """Not this time. `reason`: not_drawn, round_closed, unknown_round or not_in_bucket."""
 
     reason: str
     retry: RetryWindow
@@ -192,7 +218,7 @@ ClaimReply = Assigned | Waiting | Rejected
 
 
 class ReportState(StrEnum):
-    """What became of a report. INCLUDED and VOID are final; there is no silence."""
+    """What became of a report. INCLUDED, VOID and LATE are final; there is no silence."""
 
     EXPECTED = "expected"
     ACKNOWLEDGED = "acknowledged"
@@ -202,7 +228,11 @@ class ReportState(StrEnum):
 
 
 class Receipt(Message, frozen=True, kw_only=True):
-    """`digest`: SHA-256 of the report's body; `checkpoint`: the one it went into; `reason`: why void or late."""
+    """What became of an assignment's report.
+
+    `state`: see the table of states; `digest`: SHA-256 of the report's body; `checkpoint`: the one it went
+    into; `reason`: why it is void or late.
+    """
 
     assignment_id: str
     state: ReportState
@@ -223,8 +253,11 @@ class Abort(Message, frozen=True, kw_only=True):
 class ReleaseManifest(Message, frozen=True, kw_only=True):
     """What a slot serves. Signed by the publisher; `sequence` only grows, a rollback is a higher number.
 
-    A device belongs to the stage when `unit_interval(stage_salt, device salt) < fraction`; the others keep
-    `previous_checkpoint`.
+    A device belongs to the stage when unit_interval(stage_salt, its own salt) is below the fraction; the
+    others keep what they serve.
+
+    `version`: for people; `checkpoint`: what the slot serves; `fraction`: share of the devices that take it;
+    `stage_salt`: chooses which; `issued_at`: Unix seconds, for people.
     """
 
     population: Name
@@ -239,7 +272,11 @@ class ReleaseManifest(Message, frozen=True, kw_only=True):
 
 
 class SignedRelease(Message, frozen=True, kw_only=True):
-    """`manifest`: the exact bytes that were signed, base64; `signature`: Ed25519, base64."""
+    """A release as it travels.
+
+    `manifest`: the exact bytes of a ReleaseManifest, base64; `signature`: Ed25519 over
+    `homespun-release-v1`, a line feed and those bytes, base64.
+    """
 
     manifest: Annotated[str, Meta(max_length=16384)]
     signature: Base64
@@ -250,7 +287,7 @@ M = TypeVar("M")
 
 def encode(message: Any) -> bytes:
     """Canonical JSON: sorted keys, no spaces."""
-    return msgspec.json.encode(message, order="deterministic")
+    return msgspec.json.encode(message, order="sorted")
 
 
 def decode(data: bytes, kind: type[M] | Any) -> M:

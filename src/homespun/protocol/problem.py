@@ -1,12 +1,10 @@
 """Failures on the wire: RFC 9457 problem documents, made from and turned back into `homespun.errors`.
 
-    {"type": "urn:homespun:expired", "title": "expired", "status": 410, "detail": "...", "code": "expired",
-     "hint": "...", "details": {...}}
+{"type": "urn:homespun:expired", "title": "expired", "status": 410, "detail": "...", "code": "expired",
+ "hint": "...", "details": {...}}
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import msgspec
 
@@ -60,5 +58,8 @@ def error_from_problem(status: int, body: bytes) -> HomespunError:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return HomespunError(f"the server answered {status} without saying why", status=status)
     kind = CODES.get(problem.code, HomespunError)
-    details: dict[str, Any] = {k: v for k, v in problem.details.items() if k not in ("hint",)}
-    return kind(problem.detail or problem.code, hint=problem.hint, **details)
+    error = kind(problem.detail or problem.code, hint=problem.hint)
+    error.details.update(
+        problem.details
+    )  # not as keywords: a peer may name one "message" or "self"
+    return error

@@ -17,7 +17,8 @@ def draw(
 ) -> list[str]:
     """The `size` devices of `pool` that are drawn for this round attempt (all, if there are fewer)."""
     ranked = sorted(
-        set(pool), key=lambda device: (unit_interval(seed, task, round_number, attempt, device), device)
+        set(pool),
+        key=lambda device: (unit_interval(seed, task, round_number, attempt, device), device),
     )
     return ranked[:size]
 

@@ -75,7 +75,10 @@ def verify_request(
         raise NotAuthentic(f"the {TIME_HEADER} header is not a number") from error
     if not skew <= MAX_SKEW_S:
         raise NotAuthentic(
-            "the request's time is too far from the server's", hint="set the clock", skew_s=skew
+            "the request's time is too far from the server's",
+            hint="set the clock",
+            skew_s=skew,
+            server_time=now,
         )
     verify(public_key, signature, request_text(method, path, time, body_hash))
 

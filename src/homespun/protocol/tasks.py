@@ -8,8 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from homespun.errors import InvalidConfig
+from homespun.learning.contribution import ContributionCodec
+from homespun.learning.optimizers import server_optimizer
+from homespun.protocol.eligibility import CONDITIONS
 from homespun.protocol.messages import (
     Aggregation,
+    Count,
     Criteria,
     Message,
     Name,
@@ -23,7 +27,7 @@ from homespun.protocol.round import cohort_size
 
 
 class OptimizerSpec(Message, frozen=True, kw_only=True):
-    """A server optimizer by name, with its settings; see `learning.optimizers`."""
+    """A server optimizer and its settings. `name`: which one; `settings`: those that differ from its defaults."""
 
     name: str = "FedAvg"
     settings: dict[str, float] = {}
@@ -32,10 +36,14 @@ class OptimizerSpec(Message, frozen=True, kw_only=True):
 class TaskSpec(Message, frozen=True, kw_only=True):
     """One computation for one population.
 
-    `checkpoints`: the initial one to train from, or those to evaluate (candidate, incumbent, others);
-    `goal`, `minimum`: reports that close a round, fewest allowed; `selection_s`: window in which devices
-    gather before the draw; `pool_target`: devices that end the window early (0: the cohort size);
-    `deadline_s`: from the draw to the end of waiting; `seed`: of the draws and of training.
+    `name`: of the task; `checkpoints`: the initial one to train from, or those to evaluate (candidate,
+    incumbent, others); `num_rounds`: committed rounds after which it is finished; `goal`: reports that close
+    a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
+    `pool_target`: waiting devices that end the window early (never fewer than are drawn); `selection_s`:
+    window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
+    `retry`: when devices that were not drawn come back; `min_group`: fewest contributions that are ever
+    decoded together; `bits`: of a word of the encoding; `optimizer`: the server's step, of train tasks;
+    `seed`: of the draws and of training.
     """
 
     name: Name
@@ -47,16 +55,16 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     goal: Positive
     minimum: Positive
     over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.3
-    pool_target: Annotated[int, Meta(ge=0)] = 0
+    pool_target: Count = 0
     selection_s: Seconds = 60.0
-    deadline_s: Annotated[float, Meta(gt=0)] = 600.0
+    deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
     retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
     criteria: Criteria = Criteria()
     aggregation: Aggregation = Aggregation.PLAIN
     min_group: Positive = 3
     bits: Literal[16, 32] = 32
     optimizer: OptimizerSpec = OptimizerSpec()
-    seed: int = 0
+    seed: Count = 0
 
     def validate(self) -> None:
         """Raise `InvalidConfig` for values that cannot go together."""
@@ -82,6 +90,26 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             )
         if self.retry.latest_s < self.retry.earliest_s:
             raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
+        if unknown := [name for name in self.criteria.requires if name not in CONDITIONS]:
+            raise InvalidConfig(
+                f"no device can measure the condition {unknown[0]!r}",
+                hint=f"one of: {', '.join(CONDITIONS)}",
+            )
+        bucket = self.criteria.bucket
+        if bucket is not None and bucket.low >= bucket.high:
+            raise InvalidConfig(
+                "the bucket is empty", expected=f"high above {bucket.low}", got=bucket.high
+            )
+        server_optimizer(self.optimizer.name, self.optimizer.settings)
+        # The plan adds dimension, clip bound and metrics; whether the cohort fits the words shows here.
+        ContributionCodec(
+            dimension=0,
+            clip_norm=1.0,
+            max_weight=0,
+            metrics=(),
+            max_group=self.cohort_size,
+            bits=self.bits,
+        )
 
     @property
     def cohort_size(self) -> int:

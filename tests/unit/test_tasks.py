@@ -1,0 +1,137 @@
+"""Task descriptions: what goes together, and what is refused with the name of the field."""
+
+from __future__ import annotations
+
+import tomllib
+
+import msgspec
+import pytest
+
+from homespun.errors import InvalidConfig
+from homespun.protocol.messages import Aggregation, TaskKind
+from homespun.protocol.tasks import parse
+
+MINIMAL = {
+    "name": "words",
+    "population": "phones",
+    "kind": "train",
+    "plan_hash": "a" * 64,
+    "checkpoints": ["b" * 64],
+    "goal": 10,
+    "minimum": 5,
+}
+
+
+def test_the_least_that_a_task_says():
+    task = parse(MINIMAL)
+    assert (task.kind, task.aggregation) == (TaskKind.TRAIN, Aggregation.PLAIN)
+    assert (task.cohort_size, task.pool_size) == (13, 13)  # 10 x 1.3
+    assert task.optimizer.name == "FedAvg"
+
+
+def test_the_same_task_in_toml():
+    text = """
+    name = "words"
+    population = "phones"
+    kind = "train"
+    plan_hash = "%s"
+    checkpoints = ["%s"]
+    goal = 10
+    minimum = 5
+    over_selection = 1
+    pool_target = 40
+    selection_s = 30
+
+    [criteria]
+    requires = ["idle"]
+    bucket = {salt = "s", low = 0.0, high = 0.9}
+
+    [optimizer]
+    name = "FedAdam"
+    settings = {learning_rate = 0.1}
+    """
+    task = parse(tomllib.loads(text % ("a" * 64, "b" * 64)))
+    assert (task.cohort_size, task.pool_size, task.selection_s) == (10, 40, 30.0)
+    assert task.criteria.requires == ("idle",)
+    assert task.optimizer.settings == {"learning_rate": 0.1}
+
+
+def test_a_task_survives_the_database():
+    task = parse({**MINIMAL, "criteria": {"max_age_s": 3600}, "seed": 7})
+    assert parse(msgspec.json.decode(msgspec.json.encode(task))) == task
+
+
+def test_a_pool_is_never_smaller_than_the_cohort():
+    assert parse({**MINIMAL, "pool_target": 12}).pool_size == 13
+    assert parse({**MINIMAL, "pool_target": 14}).pool_size == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "Words"}, "name"),
+        ({"name": "words\n"}, "name"),
+        ({"plan_hash": "a"}, "plan_hash"),
+        ({"plan_hash": "a" * 64 + "\n"}, "plan_hash"),
+        ({"kind": "teach"}, "kind"),
+        ({"checkpoints": []}, "checkpoints"),
+        ({"checkpoints": ["b" * 64] * 9}, "checkpoints"),
+        ({"goal": 0}, "goal"),
+        ({"goal": True}, "goal"),
+        ({"goal": 10.0}, "goal"),
+        ({"goal": "10"}, "goal"),
+        ({"goal": 10**30}, "goal"),
+        ({"over_selection": 0.9}, "over_selection"),
+        ({"over_selection": float("nan")}, "over_selection"),
+        ({"selection_s": -1}, "selection_s"),
+        ({"selection_s": float("inf")}, "selection_s"),
+        ({"selection_s": float("nan")}, "selection_s"),
+        ({"deadline_s": 0}, "deadline_s"),
+        ({"deadline_s": float("inf")}, "deadline_s"),
+        ({"bits": 8}, "bits"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**53}, "seed"),
+        ({"deadline": 5}, "unknown field `deadline`"),
+        ({"criteria": {"min_example": 5}}, "unknown field `min_example`.*criteria"),
+        ({"optimizer": {"settings": {"learning_rate": True}}}, "optimizer.settings"),
+        ({"optimizer": {"settings": {"learning_rate": "0.1"}}}, "optimizer.settings"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(changes, says):
+    with pytest.raises(InvalidConfig, match=says):
+        parse({**MINIMAL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"minimum": 11}, "minimum is above goal"),
+        ({"minimum": 2}, "minimum is below min_group"),
+        ({"min_group": 6}, "minimum is below min_group"),
+        ({"checkpoints": ["b" * 64] * 2}, "training task starts from one checkpoint"),
+        ({"kind": "analyze"}, "analyze tasks are not available"),
+        ({"aggregation": "secure"}, "secure aggregation is not available"),
+        ({"retry": {"earliest_s": 5, "latest_s": 4}}, "retry window ends before it begins"),
+        ({"criteria": {"requires": ["chargin"]}}, "condition 'chargin'.*one of: idle, charging"),
+        ({"criteria": {"bucket": {"salt": "s", "low": 0.5, "high": 0.5}}}, "bucket is empty"),
+        ({"optimizer": {"name": "FedSomething"}}, "unknown server optimizer 'FedSomething'"),
+        ({"optimizer": {"settings": {"momentum": 0.9}}}, "no setting 'momentum'"),
+        ({"optimizer": {"settings": {"learning_rate": float("nan")}}}, "learning_rate"),
+        ({"goal": 60_000}, "group is too large"),  # 78,000 devices
+        ({"goal": 20_000, "bits": 16}, "leave no room in the word"),
+    ],
+)
+def test_values_that_cannot_go_together_are_refused(changes, says):
+    with pytest.raises(InvalidConfig, match=says):
+        parse({**MINIMAL, **changes})
+
+
+@pytest.mark.parametrize("data", [None, [], "words", 5])
+def test_what_is_no_description_is_refused(data):
+    with pytest.raises(InvalidConfig):
+        parse(data)
+
+
+def test_several_checkpoints_are_evaluated():
+    task = parse({**MINIMAL, "kind": "evaluate", "checkpoints": ["b" * 64, "c" * 64]})
+    assert len(task.checkpoints) == 2
