@@ -1,0 +1,133 @@
+"""The demo's devices: whose text lies on which, who is scripted away, and what their owners can see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from homespun.cli.demo.fleet import Process
+from homespun.clock import Clock
+from homespun.corpora.sources import UserText
+from homespun.device.conditions import Span
+from homespun.device.enrolment import enroll
+from homespun.device.examples import open_examples
+from homespun.device.home import Home, Settings
+from homespun.device.models import Models, open_models
+from homespun.device.status import Status, read_status
+from homespun.protocol.eligibility import Policy
+from homespun.protocol.messages import RetryWindow
+from homespun.rng import derive_seed
+from homespun.types import Hash
+
+RETRY_WHEN_AWAY = RetryWindow(earliest_s=1.0, latest_s=3.0)
+POLL_S = 20.0
+AWAY_S = 45.0
+
+SCRIPTS = (
+    (Span(to_s=AWAY_S, charging=False),),
+    (Span(to_s=AWAY_S, idle=False),),
+    (Span(to_s=AWAY_S, unmetered=False),),
+    (Span(from_s=20, to_s=30, idle=False), Span(from_s=40, to_s=50, idle=False)),
+)
+"""Spread over the first devices: not charging, in use, on a metered network, picked up now and then."""
+
+
+@dataclass
+class DemoDevice:
+    """One device: a directory, a process, and the text that lies on it and nowhere else."""
+
+    user: UserText
+    root: Path
+    seed: int
+    script: tuple[Span, ...] = ()
+    process: Process = field(init=False)
+
+    def __post_init__(self) -> None:
+        command = ("device", "run", "--dir", str(self.root), "--until-eof")
+        self.process = Process(f"device {self.name}", command, self.root.with_suffix(".log"))
+
+    @property
+    def name(self) -> str:
+        return self.user.user
+
+    @property
+    def home(self) -> Home:
+        return Home(self.root)
+
+    @property
+    def device_id(self) -> str:
+        return self.home.settings().device_id
+
+    def status(self) -> Status | None:
+        """What the device tells its owner; None before its first step."""
+        return read_status(self.home)
+
+    def serves(self, checkpoint: Hash) -> bool:
+        """Whether this is the model it predicts with."""
+        status = self.status()
+        return status is not None and any(
+            served.checkpoint == checkpoint for served in status.served.values()
+        )
+
+    def models(self) -> Models:
+        """What it predicts with, from its directory alone."""
+        return open_models(self.home, self.home.settings())
+
+    def state(self) -> str:
+        """What it is doing, in a word."""
+        status = self.status()
+        return "starting" if status is None else status.state.replace("_", " ")
+
+
+def cast(users: Sequence[UserText], root: Path, seed: int, *, scripted: bool) -> list[DemoDevice]:
+    """One device per user; some are scripted away for a while if asked."""
+    scripts = SCRIPTS if scripted else ()
+    return [
+        DemoDevice(
+            user,
+            root / f"{index:03d}",
+            derive_seed(seed, "device", index),
+            scripts[index] if index < len(scripts) else (),
+        )
+        for index, user in enumerate(users)
+    ]
+
+
+def enrol(
+    devices: Sequence[DemoDevice], server: str, population: str, token: str, clock: Clock
+) -> None:
+    """Make every directory a device of the population; new ones get their user's text."""
+    for device in devices:
+        settings = Settings(
+            server=server,
+            population=population,
+            policy=Policy(allow_plain=True),
+            conditions=device.script,
+            transient_error=RETRY_WHEN_AWAY,
+            poll_s=POLL_S,
+        )
+        enrolled = enroll(device.home, settings, token, clock, device.seed)
+        store = open_examples(device.home, enrolled)
+        try:
+            now = clock.now()
+            if store.count(now) == 0:
+                store.add_many(({"text": text} for text in device.user.texts), now)
+        finally:
+            store.close()
+
+
+def refusals(devices: Sequence[DemoDevice]) -> dict[str, list[str]]:
+    """Why devices refused to take part since they were started: names by reason."""
+    found: dict[str, list[str]] = {}
+    for device in devices:
+        status = device.status()
+        for code in status.refusal_counts if status else ():
+            found.setdefault(code, []).append(device.name)
+    return found
+
+
+def traffic(devices: Sequence[DemoDevice]) -> tuple[int, int]:
+    """Bytes (up, down) of all devices together."""
+    statuses = [status for device in devices if (status := device.status())]
+    return sum(s.bytes_up for s in statuses), sum(s.bytes_down for s in statuses)

@@ -1,0 +1,145 @@
+"""What the demo prints: a line per step, a live line while it waits, a table at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.status import Status
+
+from homespun.cli.demo.devices import DemoDevice
+from homespun.cli.demo.ingredients import People
+from homespun.cli.output import out, percent, print_table, size
+from homespun.cli.tasks import metric, share
+from homespun.protocol.views import RoundSummary
+from homespun.types import Hash
+
+ROWS = (("released model", 0), ("initial model", 1), ("commonest words", 2))
+
+
+class Screen:
+    """Prints to standard output; the live line appears only where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._status: Status | None = None
+
+    def say(self, step: str, text: str) -> None:
+        """One finished step."""
+        out.print(f"{step:<10} {text}", markup=False)
+
+    def begin(self, num_devices: int, directory: Path, *, resumed: bool) -> None:
+        verb = "resuming in" if resumed else "files in"
+        out.print("[bold]Homespun demo[/bold]: ", end="")
+        out.print(f"{num_devices} devices and a server, {verb} {directory}", markup=False)
+
+    def people(self, people: People, public_words: int) -> None:
+        self.say(
+            "text",
+            f"{people.num_words:,} words of {len(people.users)} users: {people.origin}; "
+            f"a vocabulary of {public_words:,} words from public text",
+        )
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show `text`, then what `live` says, while the block runs."""
+        with out.status(text) as self._status:
+            yield
+        self._status = None
+
+    def live(self, devices: Sequence[DemoDevice]) -> None:
+        """What the devices are doing at this moment."""
+        if self._status is not None:
+            states = Counter(device.state() for device in devices)
+            self._status.update(", ".join(f"{n} {state}" for state, n in states.most_common()))
+
+    def cast(
+        self,
+        devices: Sequence[DemoDevice],
+        trainers: Sequence[DemoDevice],
+        testers: Sequence[DemoDevice],
+    ) -> None:
+        away = [device.name for device in devices if device.script]
+        self.say("devices", f"{len(trainers)} may train, the other {len(testers)} only test")
+        if away:
+            self.say("", f"scripted away for a while: {', '.join(away)}")
+
+    def round(
+        self,
+        view: RoundSummary,
+        num_rounds: int,
+        before: float | None,
+        traffic: tuple[int, int],
+        eta_s: float | None,
+    ) -> None:
+        """One ended round attempt. `before`: top-3 of the round before; `traffic`: so far."""
+        if view.checkpoint is None:
+            self.say(
+                "  round",
+                f"{view.round_number:>2} attempt {view.attempt} {view.state}: {view.reason}",
+            )
+            return
+        note = f"{size(traffic[0])} up, {size(traffic[1])} down"
+        eta = "" if eta_s is None else f"  ETA {int(eta_s // 60)}:{int(eta_s % 60):02d}"
+        self.say(
+            "  round",
+            f"{view.round_number:>2}/{num_rounds}  {view.num_reported} of {view.num_assigned} reported  "
+            f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  {note}{eta}",
+        )
+
+    def refusals(self, reasons: Mapping[str, Sequence[str]]) -> None:
+        """Who did not take part and why, by reason."""
+        for reason, names in sorted(reasons.items()):
+            self.say("  refused", f"{', '.join(names)}: {reason}")
+
+    def results(self, evaluation: RoundSummary, released: Hash) -> None:
+        """The figures on devices that never trained."""
+        out.print()
+        rows = [
+            (
+                name,
+                percent(share(evaluation, f"{index}.top1")),
+                percent(share(evaluation, f"{index}.top3")),
+                metric(evaluation, f"{index}.loss"),
+                released[:12] if index == 0 else "",
+            )
+            for name, index in ROWS
+        ]
+        columns = (
+            f"on {evaluation.num_reported} devices that never trained",
+            "top-1",
+            "top-3",
+            "loss",
+            "checkpoint",
+        )
+        print_table(columns, rows, "")
+        tokens = evaluation.metrics["0.top1"].count
+        self.say("", f"{tokens:,.0f} held-out words; a word outside the vocabulary counts as wrong")
+
+    def traffic(self, devices: Sequence[DemoDevice]) -> None:
+        """Bytes per device over the whole run."""
+        statuses = [status for device in devices if (status := device.status()) is not None]
+        up = sorted(status.bytes_up for status in statuses)
+        down = sorted(status.bytes_down for status in statuses)
+        memory = max(status.peak_memory_bytes for status in statuses)
+        middle = len(statuses) // 2
+        out.print()
+        self.say(
+            "traffic",
+            f"per device up {size(up[middle])} (at most {size(up[-1])}), "
+            f"down {size(down[middle])} (at most {size(down[-1])}); "
+            f"largest device process {size(memory)}",
+        )
+
+    def suggestions(self, devices: Sequence[DemoDevice], openings: Sequence[str]) -> None:
+        """What some devices suggest, each from its own directory."""
+        out.print()
+        self.say("offline", "the server is stopped; suggestions come from the devices alone")
+        rows = []
+        for device in devices:
+            models = device.models()
+            for opening in openings:
+                words = "  ".join(s.word for s in models.predict(opening, 3))
+                rows.append((device.name, f"{opening} ...", words))
+        print_table(("device", "after", "suggests"), rows, "")

@@ -1,0 +1,7 @@
+"""One device: one process, one directory.
+
+`runtime` walks the session machine of `protocol.session`; everything it needs has a file of its own:
+`home` (the directory and its settings), `identity`, `examples` (the private store), `journal` (what must
+survive a crash), `conditions`, `connection`, `work` (what is done with a plan), `models` (what is served),
+`cleaning` (and its proof), `status` (why, for the person), `enrolment`.
+"""

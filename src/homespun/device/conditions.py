@@ -1,0 +1,125 @@
+"""What the device is doing now: idle, charging, unmetered, ...; measured here, judged in `protocol.eligibility`.
+
+A source answers for one moment. While the device works, a `Watch` asks it again at least once a second, so
+that the device is the person's again within two seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from homespun.clock import Clock
+from homespun.device.stopping import Stop
+from homespun.errors import InvalidConfig
+from homespun.protocol.eligibility import CONDITIONS, Conditions, Policy, unmet_conditions
+
+RECHECK_S = 0.5
+"""A measurement is this old at most when work goes on because of it."""
+
+Value = bool | None | UnsetType
+
+
+class ConditionSource(Protocol):
+    """Every name of `CONDITIONS` to True, False, or None (the platform cannot tell)."""
+
+    def read(self, now: float) -> Conditions: ...
+
+
+class UnknownConditions:
+    """A platform that reports nothing; the device's policy says what that means."""
+
+    def read(self, now: float) -> Conditions:
+        return dict.fromkeys(CONDITIONS)
+
+
+class Span(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """From `from_s` until before `to_s` (None: for good) after the start, these conditions have these values."""
+
+    from_s: float = 0.0
+    to_s: float | None = None
+    idle: Value = UNSET
+    charging: Value = UNSET
+    unmetered: Value = UNSET
+    battery_ok: Value = UNSET
+    cool: Value = UNSET
+    storage_ok: Value = UNSET
+    memory_ok: Value = UNSET
+
+    def covers(self, elapsed_s: float) -> bool:
+        return self.from_s <= elapsed_s and (self.to_s is None or elapsed_s < self.to_s)
+
+
+class ScriptedConditions:
+    """A timeline from `start`: everything holds, except where a span says otherwise; later spans win."""
+
+    def __init__(self, script: Sequence[Span], start: float) -> None:
+        self._script = tuple(script)
+        self._start = start
+
+    def read(self, now: float) -> Conditions:
+        values: dict[str, bool | None] = dict.fromkeys(CONDITIONS, True)
+        for span in self._script:
+            if span.covers(now - self._start):
+                said = {name: getattr(span, name) for name in CONDITIONS}
+                values |= {name: value for name, value in said.items() if value is not UNSET}
+        return values
+
+
+def parse_script(data: bytes) -> tuple[Span, ...]:
+    """A script from JSON: a list of spans, or one span alone, such as `{"charging": false}`.
+
+    Raises `InvalidConfig` naming what is wrong.
+    """
+    try:
+        plain: Any = msgspec.json.decode(data)
+        return msgspec.convert([plain] if isinstance(plain, dict) else plain, tuple[Span, ...])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidConfig(
+            f"the conditions script cannot be read: {error}",
+            hint='write [{"from_s": 0, "to_s": 60, "idle": false}, ...]; the conditions are: '
+            + ", ".join(CONDITIONS),
+        ) from error
+
+
+class Watch:
+    """`should_stop` for one piece of work: called as often as one likes, measured every `RECHECK_S`.
+
+    Once it has said yes it keeps saying so, and `reason` says why.
+    """
+
+    def __init__(
+        self,
+        source: ConditionSource,
+        requires: tuple[str, ...],
+        policy: Policy,
+        clock: Clock,
+        stop: Stop,
+        until: float,
+    ) -> None:
+        self._source, self._requires, self._policy = source, requires, policy
+        self._clock, self._stop, self._until = clock, stop, until
+        self._measured_at = float("-inf")
+        self.reason = ""
+
+    def __call__(self) -> bool:
+        if not self.reason:
+            self.reason = self._measure()
+        return bool(self.reason)
+
+    def _measure(self) -> str:
+        if self._stop.requested:
+            return "the device was stopped"
+        now = self._clock.now()
+        if now >= self._until:
+            return "the deadline has passed"
+        if 0 <= now - self._measured_at < RECHECK_S:
+            return ""
+        self._measured_at = now
+        unmet = unmet_conditions(self._requires, self._source.read(now), self._policy)
+        return "; ".join(refusal.text for refusal in unmet)

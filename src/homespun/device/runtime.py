@@ -1,0 +1,453 @@
+"""The device at work: one step of the session machine at a time, journalled before the next.
+
+    conditions -> check in -> judge the offers here -> claim -> download, verify -> train or evaluate
+    -> intent (durable) -> report -> receipt -> clean
+
+`step` does what the journalled state calls for and says how long to wait, so that a test can drive a device
+without sleeping and a crash between any two steps is only a new start. Before INTENT a new start forgets the
+session and gives the assignment back; from INTENT on it sends the same bytes again and never trains again.
+A server that is away is waited for; whatever fails inside a session, the device goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from homespun.clock import Clock
+from homespun.device import cleaning
+from homespun.device.conditions import ConditionSource, Watch
+from homespun.device.connection import Connection
+from homespun.device.errands import fetch_releases, resolve_receipts
+from homespun.device.examples import open_examples
+from homespun.device.home import Home
+from homespun.device.journal import Journal
+from homespun.device.models import open_models
+from homespun.device.offers import Judge
+from homespun.device.status import Board, Reason
+from homespun.device.stopping import Stop, Stopped
+from homespun.device.work import Work, check_assignment
+from homespun.errors import (
+    Conflict,
+    Expired,
+    HomespunError,
+    InvalidInput,
+    NotAllowed,
+    NotAuthentic,
+    PlanError,
+    ReportConflict,
+    StorageFailure,
+    TooLarge,
+    Unreachable,
+)
+from homespun.protocol.eligibility import Conditions, unmet_conditions
+from homespun.protocol.messages import (
+    Assigned,
+    CheckIn,
+    Claim,
+    Criteria,
+    Offer,
+    ReportState,
+    RetryWindow,
+    TaskKind,
+    Waiting,
+)
+from homespun.protocol.pacing import draw_retry
+from homespun.protocol.session import Session, SessionEvent, SessionState
+from homespun.rng import stream
+from homespun.types import Hash
+
+RECHECK_S = 1.0
+"""How often conditions are looked at while they do not hold."""
+LONGEST_PAUSE_S = 60.0
+LONGEST_RETRY_S = 7 * 86_400.0
+"""A time to come back that is further away means that the clock was set back."""
+REPORT_FOR_S = 86_400.0
+"""A report that nobody answers is given up this long after its deadline."""
+REFUSE_FOR_S = 86_400.0
+"""A plan that this device's examples do not fit is not claimed again for so long."""
+CHECK_IN_REQUIRES = Criteria().requires
+
+log = logging.getLogger(__name__)
+S, E = SessionState, SessionEvent
+_BEFORE_INTENT = (S.ASSIGNED, S.DOWNLOADING, S.VERIFIED, S.TRAINING, S.PACKAGED)
+_ENDED = (S.ACKNOWLEDGED, S.LATE, S.VOID)
+
+
+class Runtime:
+    """One device over its directory. Close it, or let the process die: the next one carries on."""
+
+    def __init__(
+        self,
+        home: Home,
+        connection: Connection,
+        conditions: ConditionSource,
+        clock: Clock,
+        stop: Stop | None = None,
+    ) -> None:
+        """Open the directory and put in order what a crash left. Raises `Conflict` while another process runs it."""
+        self._home, self._connection = home, connection
+        self._conditions, self._clock = conditions, clock
+        self._stop = stop or Stop()
+        self._settings = home.settings()
+        self._trusted = tuple(base64.b64decode(key) for key in self._settings.publisher_keys)
+        self._journal = Journal(home.journal_file)
+        self._examples = open_examples(home, self._settings)
+        self._models = open_models(home, self._settings)
+        self._judge = Judge(self._settings, self._journal, self._examples)
+        self._board = Board(home, self._settings, self._journal, self._examples, self._models)
+        self._clean_at = 0.0
+        self._session = self._journal.session() or self._new_session()
+        if self._session.state in _BEFORE_INTENT:
+            self._give_up("the device was interrupted before anything was sent")
+        self._steps: dict[SessionState, Callable[[], float]] = {
+            S.WAITING: self._wait,
+            S.ELIGIBLE: self._check_in,
+            S.CHECKED_IN: self._claim,
+            S.REJECTED: self._start_over,
+            S.ASSIGNED: self._start_download,
+            S.DOWNLOADING: self._download,
+            S.VERIFIED: self._start_training,
+            S.TRAINING: self._train,
+            S.PACKAGED: self._intend,
+            S.INTENT: self._start_report,
+            S.REPORTING: self._report,
+            S.ACKNOWLEDGED: self._clean,
+            S.LATE: self._clean,
+            S.VOID: self._clean,
+            S.CLEANED: self._finish,
+        }
+
+    @property
+    def session(self) -> Session:
+        """The record of the session under way."""
+        return self._session
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that have ended since the start, however they ended."""
+        return self._board.num_sessions
+
+    def run(self, max_sessions: int | None = None) -> None:
+        """Be a device until asked to stop, or until so many sessions have ended; then `close`.
+
+        Raises `StorageFailure` when the device's own records cannot be kept.
+        """
+        try:
+            while not self._stop.requested and self.num_sessions != max_sessions:
+                pause = self.step()
+                if pause > 0:
+                    with self._stop.interruptible():
+                        self._clock.sleep(min(pause, LONGEST_PAUSE_S))
+        except Stopped:
+            pass
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave in good order: a session that has sent nothing is given back, its files are removed."""
+        try:
+            if self._session.state in _BEFORE_INTENT:
+                self._give_up("the device was stopped")
+            if self._session.state in _ENDED:
+                self._clean()
+                self._finish()
+            self._board.verdict = "stopped"
+            self._board.write(self._session, self._clock.now(), state="stopped")
+        finally:
+            self._journal.close()
+            self._examples.close()
+
+    def step(self) -> float:
+        """Take one step; seconds to wait before the next one, 0 for none.
+
+        Raises `StorageFailure` only when the journal itself cannot be written.
+        """
+        now = self._clock.now()
+        if now >= self._clean_at:
+            self._examples.expire(now)
+            cleaning.clean(self._home, self._models, self._session.session_id)
+            self._clean_at = now + cleaning.EVERY_S
+        pause = self._journal.retry_at - now
+        if not 0 < pause <= LONGEST_RETRY_S or self._session.state in _ENDED:
+            pause = self._attempt()
+            self._journal.add_traffic(now, *self._connection.take_traffic())
+        self._board.write(self._session, self._clock.now())
+        return pause
+
+    def _attempt(self) -> float:
+        """One step, with every failure turned into what the device does about it."""
+        settings = self._settings
+        try:
+            return self._steps[self._session.state]()
+        except Unreachable as error:
+            return self._wait_for_server(error)
+        except (NotAuthentic, NotAllowed) as error:
+            return self._failed(error.message, settings.permanent_error)
+        except HomespunError as error:
+            return self._failed(error.message, settings.transient_error)
+        except Exception as error:
+            log.exception("a session failed in a way it should not; the device goes on")
+            return self._failed(f"internal: {type(error).__name__}", settings.transient_error)
+
+    # --- finding something to do --------------------------------------------------------------------------
+
+    def _wait(self) -> float:
+        unmet = self._unmet(CHECK_IN_REQUIRES)
+        self._board.refuse(unmet)
+        if unmet:
+            return RECHECK_S
+        self._go(E.CONDITIONS_MET)
+        return 0
+
+    def _check_in(self) -> float:
+        if self._unmet(CHECK_IN_REQUIRES):
+            self._go(E.CONDITIONS_LOST)
+            return 0
+        self._say("ready; waiting for the server's offers")
+        settings = self._settings
+        reply = self._connection.check_in(
+            CheckIn(population=settings.population, wait_s=settings.poll_s)
+        )
+        watch = self._watch(CHECK_IN_REQUIRES)
+        self._board.release_problems = tuple(
+            fetch_releases(
+                reply.releases, self._models, self._connection, settings.population, watch
+            )
+        )
+        resolve_receipts(self._journal, self._connection)
+        accepted, against = self._judge.choose(
+            reply.offers, self._read_conditions(), self._clock.now()
+        )
+        self._board.refuse(against)
+        self._go(E.CHECK_IN, offer=accepted)
+        return 0 if accepted else self._turn_away(reply.retry)
+
+    def _claim(self) -> float:
+        offer = self._session.offer
+        if offer is None:  # a crash came between checking in and drawing the time to come back
+            return self._turn_away(self._settings.transient_error)
+        if unmet := self._unmet(offer.criteria.requires, offer.task_name):
+            self._board.refuse(unmet)
+            return self._turn_away(RetryWindow(earliest_s=0, latest_s=0))
+        self._say(f"claimed round {offer.round_number} of {offer.task_name}")
+        reply = self._connection.claim(
+            Claim(
+                task_id=offer.task_id,
+                round_number=offer.round_number,
+                attempt=offer.attempt,
+                wait_s=self._settings.poll_s,
+            )
+        )
+        if isinstance(reply, Waiting):
+            return min(RECHECK_S, reply.retry.earliest_s)
+        if isinstance(reply, Assigned):
+            check_assignment(offer, reply, self._settings.policy.min_group)
+            self._go(E.ASSIGN, assigned=reply, expires_at=self._clock.now() + reply.deadline_s)
+            self._say(f"takes part in round {offer.round_number} of {offer.task_name}")
+            return 0
+        self._say(f"not this time: {reply.reason}")
+        return self._turn_away(reply.retry)
+
+    def _turn_away(self, window: RetryWindow) -> float:
+        self._come_back_in(window)
+        self._go(E.TURN_AWAY)
+        return 0
+
+    def _start_over(self) -> float:
+        """Forget the record of a session that is over."""
+        self._session.after(E.WAIT)
+        self._journal.finish(self._session)
+        self._session = self._new_session()
+        return 0
+
+    # --- the work -----------------------------------------------------------------------------------------
+
+    def _start_download(self) -> float:
+        self._go(E.DOWNLOAD)
+        return 0
+
+    def _download(self) -> float:
+        watch = self._watch(self._offer.criteria.requires)
+
+        def fetch(address: Hash, path: Path, max_bytes: int) -> bool:
+            return self._connection.fetch(address, path, max_bytes, watch)
+
+        try:
+            complete = self._work.download(fetch)
+        except (PlanError, TooLarge) as error:
+            return self._refuse_plan(error, until=None)
+        if not complete:
+            return self._give_up(watch.reason)
+        self._go(E.VERIFY)
+        return 0
+
+    def _start_training(self) -> float:
+        self._go(E.TRAIN)
+        return 0
+
+    def _train(self) -> float:
+        offer, now = self._offer, self._clock.now()
+        watch = self._watch(offer.criteria.requires)
+        store = self._examples
+        select = store.training if offer.kind is TaskKind.TRAIN else store.held_out
+        try:
+            digest = self._work.perform(
+                select(now, offer.criteria.max_age_s), self._settings.seed, watch
+            )
+        except PlanError as error:
+            return self._refuse_plan(error, until=None)
+        except InvalidInput as error:
+            return self._refuse_plan(error, until=now + REFUSE_FOR_S)
+        if digest is None:
+            return self._give_up(watch.reason)
+        self._go(E.PACKAGE, digest=digest)
+        return 0
+
+    def _intend(self) -> float:
+        self._go(E.INTEND)
+        return 0
+
+    def _start_report(self) -> float:
+        if self._clock.now() >= self._expires_at:
+            return self._end(E.TOO_LATE, ReportState.LATE, "too late to be sent")
+        self._go(E.REPORT)
+        return 0
+
+    def _report(self) -> float:
+        try:
+            body = self._work.report(self._session.digest)
+            receipt = self._connection.report(self._assigned, body)
+        except Unreachable:
+            if self._clock.now() < self._expires_at + REPORT_FOR_S:
+                raise
+            return self._end(E.TOO_LATE, ReportState.LATE, "the server never answered")
+        except (Expired, Conflict, ReportConflict) as error:
+            return self._end(E.TOO_LATE, ReportState.LATE, error.message)
+        except (NotAuthentic, StorageFailure):
+            raise
+        except HomespunError as error:
+            return self._end(E.GIVE_UP, ReportState.VOID, f"refused: {error.message}")
+        match receipt.state:
+            case ReportState.LATE:
+                return self._end(E.TOO_LATE, receipt.state, receipt.reason)
+            case ReportState.VOID:
+                return self._end(E.GIVE_UP, receipt.state, receipt.reason)
+            case ReportState.EXPECTED:
+                raise Unreachable("the server does not know of the report that it was just sent")
+        return self._end(E.ACKNOWLEDGE, receipt.state, receipt.reason)
+
+    def _clean(self) -> float:
+        cleaning.clean(self._home, self._models)
+        if self._session.outcome is None:  # it ended before INTENT
+            try:
+                self._connection.abort(self._assigned)
+            except HomespunError as error:  # its deadline will tell the server the same
+                log.info("the server was not told that a session ended: %s", error)
+        self._go(E.CLEAN, outcome=self._session.outcome or str(ReportState.VOID))
+        return 0
+
+    def _finish(self) -> float:
+        reason = f" ({self._session.reason})" if self._session.reason else ""
+        self._board.verdict = f"the last session ended: {self._session.outcome}{reason}"
+        self._board.num_sessions += 1
+        return self._start_over()
+
+    # --- failing ------------------------------------------------------------------------------------------
+
+    def _wait_for_server(self, error: Unreachable) -> float:
+        """The server is away: stay in this state and come back, unless the deadline is sooner."""
+        self._board.verdict = error.message
+        pause = self._come_back_in(self._settings.transient_error)
+        if self._session.state in _BEFORE_INTENT and self._clock.now() + pause >= self._expires_at:
+            return self._give_up(error.message)
+        return pause
+
+    def _failed(self, reason: str, window: RetryWindow) -> float:
+        """It will not get better by itself: end what can be ended, come back later."""
+        self._board.verdict = reason
+        pause = self._come_back_in(window)
+        if self._session.state in _BEFORE_INTENT:
+            return self._give_up(reason)
+        if self._session.state is S.CHECKED_IN:
+            self._go(E.TURN_AWAY)
+        elif self._session.state is S.ELIGIBLE:
+            self._go(E.CONDITIONS_LOST)
+        return pause
+
+    def _refuse_plan(self, error: HomespunError, until: float | None) -> float:
+        self._journal.refuse_plan(self._assigned.plan_hash, error.message, until)
+        return self._give_up(f"plan refused: {error.message}")
+
+    def _give_up(self, reason: str) -> float:
+        self._go(E.GIVE_UP, reason=reason)
+        self._board.verdict = reason
+        return 0
+
+    def _end(self, event: SessionEvent, outcome: ReportState, reason: str) -> float:
+        self._go(event, outcome=str(outcome), reason=reason)
+        return 0
+
+    # --- the record and the clock -------------------------------------------------------------------------
+
+    def _new_session(self) -> Session:
+        return Session(
+            session_id=secrets.token_hex(8),
+            population=self._settings.population,
+            state=S.WAITING,
+            started_at=self._clock.now(),
+        )
+
+    def _go(self, event: SessionEvent, **changes: object) -> None:
+        """Follow the table and make the new record durable before anything else happens."""
+        after = self._session.after(event, **changes)
+        self._journal.save(after, self._clock.now())
+        self._session = after
+
+    def _come_back_in(self, window: RetryWindow) -> float:
+        """Draw the time to come back, once; it is kept over restarts. Seconds until then."""
+        now = self._clock.now()
+        at = draw_retry(window, now, stream(self._settings.seed, "retry", repr(now)))
+        self._journal.set_retry(at)
+        return at - now
+
+    @property
+    def _offer(self) -> Offer:
+        assert self._session.offer is not None
+        return self._session.offer
+
+    @property
+    def _assigned(self) -> Assigned:
+        assert self._session.assigned is not None
+        return self._session.assigned
+
+    @property
+    def _expires_at(self) -> float:
+        assert self._session.expires_at is not None
+        return self._session.expires_at
+
+    @property
+    def _work(self) -> Work:
+        directory = self._home.work / self._session.session_id
+        return Work(directory, self._assigned, self._trusted)
+
+    def _watch(self, requires: tuple[str, ...]) -> Watch:
+        until = self._session.expires_at or float("inf")
+        policy = self._settings.policy
+        return Watch(self._conditions, requires, policy, self._clock, self._stop, until)
+
+    def _read_conditions(self) -> Conditions:
+        self._board.conditions = self._conditions.read(self._clock.now())
+        return self._board.conditions
+
+    def _unmet(self, requires: tuple[str, ...], task: str | None = None) -> tuple[Reason, ...]:
+        unmet = unmet_conditions(requires, self._read_conditions(), self._settings.policy)
+        return tuple(Reason(code=each.code, text=each.text, task=task) for each in unmet)
+
+    def _say(self, verdict: str) -> None:
+        """Tell the person now: what follows may take a while."""
+        self._board.verdict = verdict
+        self._board.write(self._session, self._clock.now())

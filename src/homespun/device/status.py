@@ -1,0 +1,166 @@
+"""status.json: what the device is doing and why, for the person whose device it is. It never leaves the device."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from homespun.device.examples import ExampleStore
+from homespun.device.home import Home, Settings, storage_failure, write_atomically
+from homespun.device.journal import Journal, Participation
+from homespun.device.models import Models
+from homespun.errors import StorageFailure
+from homespun.protocol.eligibility import Conditions
+from homespun.protocol.session import Session
+from homespun.types import Hash
+
+
+class Reason(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the device does not take part: at all (`task` None), or in one task."""
+
+    code: str
+    text: str
+    task: str | None = None
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """The release that a slot serves."""
+
+    sequence: int
+    version: str
+    plan_hash: Hash
+    checkpoint: Hash
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """`state`: of the session machine, or `stopped`; `verdict`: one sentence; times are Unix seconds, sizes bytes."""
+
+    device_id: str
+    population: str
+    server: str
+    updated_at: float
+    state: str
+    verdict: str
+    task: str | None = None
+    round_number: int | None = None
+    refusals: tuple[Reason, ...] = ()
+    refusal_counts: dict[str, int] = {}
+    conditions: Mapping[str, bool | None] = {}
+    retry_at: float | None = None
+    num_sessions: int = 0
+    sessions: tuple[Participation, ...] = ()
+    served: dict[str, Served] = {}
+    release_problems: tuple[str, ...] = ()
+    bytes_up: int = 0
+    bytes_down: int = 0
+    num_examples: int = 0
+    num_held_out: int = 0
+    peak_memory_bytes: int = 0
+
+
+class Board:
+    """Keeps status.json current: what the runtime says of itself, and what its parts know."""
+
+    def __init__(
+        self,
+        home: Home,
+        settings: Settings,
+        journal: Journal,
+        examples: ExampleStore,
+        models: Models,
+    ) -> None:
+        self._home, self._settings = home, settings
+        self._journal, self._examples, self._models = journal, examples, models
+        self._reasons: tuple[Reason, ...] = ()
+        self._counts: Counter[str] = Counter()
+        self.verdict = "starting"
+        self.conditions: Conditions = {}
+        self.release_problems: tuple[str, ...] = ()
+        self.num_sessions = 0
+
+    def refuse(self, reasons: tuple[Reason, ...]) -> None:
+        """These reasons speak against taking part now; empty: none does. Counted when they change."""
+        if reasons != self._reasons:
+            self._counts.update(reason.code for reason in reasons)
+        self._reasons = reasons
+        if reasons:
+            self.verdict = "; ".join(dict.fromkeys(reason.text for reason in reasons))
+
+    def write(self, session: Session, now: float, state: str | None = None) -> None:
+        """Replace status.json atomically; not synced, because it is made anew at every step."""
+        up, down = self._journal.traffic()
+        retry_at = self._journal.retry_at
+        status = Status(
+            device_id=self._settings.device_id,
+            population=self._settings.population,
+            server=self._settings.server,
+            updated_at=now,
+            state=state or str(session.state),
+            verdict=self.verdict,
+            task=session.offer.task_name if session.offer else None,
+            round_number=session.offer.round_number if session.offer else None,
+            refusals=self._reasons,
+            refusal_counts=dict(self._counts),
+            conditions=self.conditions,
+            retry_at=retry_at if retry_at > now else None,
+            num_sessions=self.num_sessions,
+            sessions=tuple(self._journal.recent()),
+            served=self._served(),
+            release_problems=self._release_problems(),
+            bytes_up=up,
+            bytes_down=down,
+            num_examples=self._examples.count(now),
+            num_held_out=self._examples.count(now, held_out=True),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        write_atomically(self._home.status_file, msgspec.json.encode(status), durable=False)
+
+    def _release_problems(self) -> tuple[str, ...]:
+        """Releases that can never be served here, and what hindered the last check-in's."""
+        failed = (
+            f"release {sequence} of {slot}: {reason}"
+            for slot, slots in self._models.served().items()
+            for sequence, reason in slots.failed.items()
+        )
+        return tuple(dict.fromkeys((*failed, *self.release_problems)))
+
+    def _served(self) -> dict[str, Served]:
+        return {
+            slot: Served(
+                sequence=slots.active.sequence,
+                version=slots.active.version,
+                plan_hash=slots.active.plan_hash,
+                checkpoint=slots.active.checkpoint,
+            )
+            for slot, slots in self._models.served().items()
+            if slots.active is not None
+        }
+
+
+def read_status(home: Home) -> Status | None:
+    """The status that the device wrote last; None before its first run."""
+    try:
+        return msgspec.json.decode(home.status_file.read_bytes(), type=Status)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_failure(home.status_file, error) from error
+    except msgspec.MsgspecError as error:
+        raise StorageFailure(
+            f"{home.status_file} is damaged: {error}", hint="the running device writes it again"
+        ) from error
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    try:  # Linux: getrusage() also counts the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

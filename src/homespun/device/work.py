@@ -1,0 +1,181 @@
+"""What a device does with an assignment: fetch, check, train or evaluate, encode. Files in, one report out.
+
+Everything is in `work/<session>/` and goes through these files, so that each step can be the last one
+before a crash. Nothing of a plan is executed before `verified` has said what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from homespun.device.home import storage, write_atomically
+from homespun.device.models import HEADER_BYTES, Fetch
+from homespun.errors import Conflict, NotAllowed, ProtocolError
+from homespun.learning.contribution import Contribution, ContributionCodec
+from homespun.learning.metrics import paired, paired_names
+from homespun.plan import features
+from homespun.plan.manifest import Manifest
+from homespun.plan.package import MAX_PLAN_BYTES, Plan
+from homespun.protocol.frame import encode_contribution
+from homespun.protocol.messages import Assigned, Offer, TaskKind
+from homespun.rng import derive_seed, stream
+from homespun.tensors import tree as trees
+from homespun.tensors.codec import decode_tree, digest
+from homespun.types import FloatArray, Hash
+
+ShouldStop = Callable[[], bool]
+Examples = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One session's files and what they are for. `trusted`: raw keys of publishers whose plans may run."""
+
+    directory: Path
+    assigned: Assigned
+    trusted: tuple[bytes, ...]
+
+    @property
+    def plan_file(self) -> Path:
+        return self.directory / "plan.zip"
+
+    @property
+    def report_file(self) -> Path:
+        return self.directory / "report.bin"
+
+    def checkpoint_file(self, index: int) -> Path:
+        return self.directory / f"checkpoint-{index}.safetensors"
+
+    def download(self, fetch: Fetch) -> bool:
+        """Fetch plan and checkpoints; False if `fetch` was stopped. Raises as `verified` does."""
+        if not self._have(fetch, self.assigned.plan_hash, self.plan_file, MAX_PLAN_BYTES):
+            return False
+        manifest = self.verified().manifest
+        largest = 4 * manifest.num_parameters + HEADER_BYTES
+        for index, checkpoint in enumerate(self.assigned.checkpoints):
+            if not self._have(fetch, checkpoint, self.checkpoint_file(index), largest):
+                return False
+            self.checkpoint(index, manifest)
+        return True
+
+    def _have(self, fetch: Fetch, address: Hash, path: Path, max_bytes: int) -> bool:
+        return path.exists() or fetch(address, path, max_bytes)
+
+    def verified(self) -> Plan:
+        """The plan, once it is known to be one that may run and that the assignment does not stretch.
+
+        Raises `PlanError` and its kinds, `TooLarge`, or `NotAllowed` for an encoding that the plan's
+        signature does not cover.
+        """
+        plan = Plan.read(self.plan_file)
+        plan.verify(self.trusted)
+        encoding = self.assigned.encoding
+        if self.assigned.kind is TaskKind.TRAIN:
+            signed = (plan.manifest.clip_norm, plan.manifest.max_weight)
+            if (encoding.clip_norm, encoding.max_weight) != signed:
+                raise NotAllowed(
+                    "the assignment asks for another clip bound or weight than the signed plan",
+                    hint="nothing was sent; the operator must publish another plan",
+                    expected=str(signed),
+                    got=str((encoding.clip_norm, encoding.max_weight)),
+                )
+        return plan
+
+    def checkpoint(self, index: int, manifest: Manifest) -> dict[str, FloatArray]:
+        """A downloaded checkpoint. Raises `BadFrame`, `ShapeMismatch`, `NumericFailure`."""
+        with storage(self.checkpoint_file(index)):
+            data = self.checkpoint_file(index).read_bytes()
+        checkpoint = decode_tree(data)
+        manifest.check_checkpoint(checkpoint)
+        return checkpoint
+
+    def perform(self, examples: Examples, device_seed: int, should_stop: ShouldStop) -> Hash | None:
+        """Train or evaluate, write the report's bytes; their digest, or None if `should_stop` ended it.
+
+        Raises `InvalidExample`, `InvalidInput`, `NumericFailure` and what `verified` raises.
+        """
+        plan = self.verified()
+        seed = derive_seed(self.assigned.seed, str(device_seed))
+        rows = features.encode(plan.manifest, plan.assets, examples)
+        run = _train if self.assigned.kind is TaskKind.TRAIN else _evaluate
+        contribution = run(self, plan, rows, seed, should_stop)
+        if contribution is None:
+            return None
+        body = encode_contribution(contribution)
+        write_atomically(self.report_file, body)
+        return digest(body)
+
+    def report(self, expected: Hash | None) -> bytes:
+        """The bytes to send, the same every time. Raises `Conflict` if they are no longer those."""
+        with storage(self.report_file):
+            body = self.report_file.read_bytes() if self.report_file.exists() else b""
+        if digest(body) != expected:
+            raise Conflict("the report on disk is not the one that was journalled")
+        return body
+
+
+def check_assignment(offer: Offer, assigned: Assigned, min_group: int) -> None:
+    """Raise `ProtocolError` unless the assignment is what was offered and accepted."""
+    for name in ("kind", "round_number", "attempt", "plan_hash", "aggregation"):
+        offered, got = getattr(offer, name), getattr(assigned, name)
+        if offered != got:
+            raise ProtocolError(
+                f"the assignment has another {name} than the offer",
+                expected=str(offered),
+                got=str(got),
+            )
+    if not assigned.checkpoints or assigned.encoding.max_group < min_group:
+        raise ProtocolError("the assignment names no checkpoint, or too small a group")
+
+
+def _train(
+    work: Work, plan: Plan, rows: features.Rows, seed: int, should_stop: ShouldStop
+) -> Contribution | None:
+    from homespun.plan import run  # loads ONNX Runtime
+
+    manifest, encoding = plan.manifest, work.assigned.encoding
+    codec = ContributionCodec(
+        dimension=trees.dimension(manifest.shapes),
+        clip_norm=encoding.clip_norm,
+        max_weight=encoding.max_weight,
+        metrics=("loss", *manifest.metrics),
+        max_group=encoding.max_group,
+        bits=encoding.bits,
+    )
+    checkpoint = work.checkpoint(0, manifest)
+    result = run.train(plan, checkpoint, rows, derive_seed(seed, "train"), should_stop)
+    if result.interrupted:
+        return None
+    update = trees.flatten(result.update, manifest.shapes)
+    return codec.encode(update, result.num_examples, result.metrics, stream(seed, "rounding"))
+
+
+def _evaluate(
+    work: Work, plan: Plan, rows: features.Rows, seed: int, should_stop: ShouldStop
+) -> Contribution | None:
+    from homespun.plan import run
+
+    manifest, encoding = plan.manifest, work.assigned.encoding
+    results = []
+    for index in range(len(work.assigned.checkpoints)):
+        if should_stop():
+            return None
+        checkpoint = work.checkpoint(index, manifest)
+        results.append(run.evaluate(plan, checkpoint, rows, should_stop))
+    if should_stop():
+        return None
+    names = ("loss", *manifest.metrics)
+    codec = ContributionCodec(
+        dimension=0,
+        clip_norm=encoding.clip_norm,
+        max_weight=encoding.max_weight,
+        metrics=paired_names(names, len(results)),
+        max_group=encoding.max_group,
+        bits=encoding.bits,
+    )
+    update = trees.flatten({}, ())
+    metrics = paired(results, manifest.metrics[0])
+    return codec.encode(update, features.num_rows(rows), metrics, stream(seed, "rounding"))

@@ -1,0 +1,315 @@
+"""The device API: what a device may ask, every request signed, every endpoint idempotent."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from homespun.errors import Expired, HomespunError, NotFound, ReportConflict
+from homespun.learning.contribution import Contribution, ContributionCodec
+from homespun.protocol.frame import decode_contribution
+from homespun.protocol.messages import (
+    Abort,
+    Assigned,
+    CheckIn,
+    Claim,
+    ClaimReply,
+    Enroll,
+    Enrolled,
+    Receipt,
+    Rejected,
+    ReportState,
+    RetryWindow,
+    Waiting,
+    decode,
+    encode,
+)
+from homespun.protocol.selection import in_bucket
+from homespun.protocol.signing import device_id
+from homespun.rng import derive_seed
+from homespun.server.aggregation import contribution_codec, encoding, report_size
+from homespun.server.api.requests import read_body, read_exactly
+from homespun.server.auth import decode_key, require_member
+from homespun.server.board import round_checkpoints
+from homespun.server.deployment import Deployment
+from homespun.server.notify import SCHEDULER, population_topic, round_topic
+from homespun.server.store.records import (
+    ClaimAnswer,
+    DeviceRecord,
+    Drawn,
+    Expectation,
+    Gathered,
+    TaskRecord,
+)
+from homespun.server.store.reports import receipt_id
+from homespun.tensors.codec import digest
+
+CHUNK = 2**20
+CLAIM_GRACE_S = 15.0
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+class DeviceApi:
+    """Handlers over one deployment."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._home = deployment
+        self._granted: set[tuple[frozenset[str], str]] = set()
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/enroll", self.enroll, methods=["POST"]),
+            Route("/v1/check-in", self.check_in, methods=["POST"]),
+            Route("/v1/claim", self.claim, methods=["POST"]),
+            Route("/v1/blobs/{hash}", self.blob, methods=["GET"]),
+            Route("/v1/assignments/{id}/report", self.report, methods=["PUT"]),
+            Route("/v1/assignments/{id}/abort", self.abort, methods=["POST"]),
+            Route("/v1/assignments/{id}", self.receipt, methods=["GET"]),
+            Route("/v1/releases/{population}/{slot}", self.release, methods=["GET"]),
+        ]
+
+    # --- joining ----------------------------------------------------------------------------------
+
+    async def enroll(self, request: Request) -> Response:
+        body = await read_body(request, self._home.settings.max_message)
+        message: Enroll = decode(body, Enroll)
+        key = decode_key(message.public_key)
+        self._home.doorkeeper.check_signature(request, key, digest(body))
+        device = device_id(key)
+        await asyncio.to_thread(
+            self._home.store.enrolment.enroll,
+            message.population,
+            message.token,
+            device,
+            key,
+            self._home.clock.now(),
+        )
+        self._home.doorkeeper.forget(device)
+        publisher = base64.b64encode(self._home.keys.publisher_public).decode()
+        return _json(
+            Enrolled(device_id=device, population=message.population, publisher_keys=(publisher,))
+        )
+
+    # --- taking part ------------------------------------------------------------------------------
+
+    async def check_in(self, request: Request) -> Response:
+        device, body = await self._signed(request)
+        message: CheckIn = decode(body, CheckIn)
+        population = message.population
+        require_member(device, population)
+        board = self._home.board
+        before = board.standing(population).releases
+        reply = board.reply(population, device.device_id, message.plan_formats)
+        if reply.offers or message.wait_s <= 0:
+            return _json(reply)
+        with self._home.notices.listen(population_topic(population)) as bell:
+            until = _loop_time() + min(message.wait_s, self._home.settings.max_wait_s)
+            while True:
+                reply = board.reply(population, device.device_id, message.plan_formats)
+                if reply.offers or reply.releases != before:
+                    break
+                if not await bell.wait(until - _loop_time()):
+                    break
+        return _json(reply)
+
+    async def claim(self, request: Request) -> Response:
+        device, body = await self._signed(request)
+        message: Claim = decode(body, Claim)
+        task = await asyncio.to_thread(self._home.store.tasks.get, message.task_id)
+        require_member(device, task.spec.population)
+        if not in_bucket(task.spec.criteria.bucket, device.device_id):
+            return _json(Rejected(reason="not_in_bucket", retry=task.spec.retry))
+        wait_s = min(message.wait_s, self._home.settings.max_wait_s)
+        place = (message.task_id, message.round_number, message.attempt, device.device_id)
+        claims, now = self._home.store.claims, self._home.clock.now()
+        with self._home.notices.listen(round_topic(task.task_id, message.round_number)) as bell:
+            until = _loop_time() + wait_s
+            answer = await asyncio.to_thread(
+                claims.claim, *place, now, now + 2 * wait_s + CLAIM_GRACE_S
+            )
+            if isinstance(answer, Gathered) and answer.due:
+                self._home.notices.ring(SCHEDULER)
+            while isinstance(answer, Gathered) and await bell.wait(until - _loop_time()):
+                answer = await asyncio.to_thread(claims.answer, *place)
+        return _json(await asyncio.to_thread(self._claim_reply, task, message, answer))
+
+    def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
+        spec = task.spec
+        if isinstance(answer, Gathered):
+            # Soon enough to be still waiting when the draw comes.
+            return Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=CLAIM_GRACE_S / 3))
+        if not isinstance(answer, Drawn):
+            return Rejected(reason=answer.reason, retry=spec.retry)
+        return Assigned(
+            assignment_id=answer.assignment_id,
+            kind=spec.kind,
+            round_number=message.round_number,
+            attempt=message.attempt,
+            plan_hash=spec.plan_hash,
+            checkpoints=round_checkpoints(task, answer.base),
+            encoding=encoding(spec, self._home.library.manifest(spec.plan_hash)),
+            aggregation=spec.aggregation,
+            seed=derive_seed(spec.seed, message.round_number, message.attempt),
+            deadline_s=max(0.0, answer.deadline_at - self._home.clock.now()),
+        )
+
+    # --- reporting --------------------------------------------------------------------------------
+
+    async def report(self, request: Request) -> Response:
+        assignment = request.path_params["id"]
+        device = await self._home.doorkeeper.device(request)
+        expected = await self._expectation(assignment, device)
+        codec = await asyncio.to_thread(self._codec, expected.task)
+        size = report_size(codec)
+        async with self._home.uploads.hold(size):
+            body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
+            body_hash = await asyncio.to_thread(digest, body)
+            self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
+            # Between looking and adding the round may have moved on; what the intake does not take is looked
+            # at again, and is settled then.
+            expected = await self._expectation(assignment, device)
+            if expected.receipt.state is ReportState.EXPECTED:
+                if self._home.clock.now() >= expected.deadline_at:
+                    raise Expired("the round's deadline has passed", state=ReportState.LATE)
+                try:
+                    contribution = await asyncio.to_thread(_checked, codec, body)
+                except (
+                    HomespunError
+                ) as error:  # signed, so the device will never send anything else
+                    await self._void(assignment, f"refused: {error.code}")
+                    raise
+                await self._home.intake.add(
+                    expected.round_id, codec, receipt_id(assignment), body_hash, contribution
+                )
+                expected = await self._expectation(assignment, device)
+        return _json(_settled(expected.receipt, body_hash))
+
+    async def receipt(self, request: Request) -> Response:
+        device, _ = await self._signed(request)
+        expected = await self._expectation(request.path_params["id"], device)
+        return _json(expected.receipt)
+
+    async def abort(self, request: Request) -> Response:
+        device, body = await self._signed(request)
+        message: Abort = decode(body, Abort)
+        assignment = request.path_params["id"]
+        if message.assignment_id != assignment:
+            raise ReportConflict("the body names another assignment than the path")
+        await self._expectation(assignment, device)
+        await self._void(assignment, "given up by the device")
+        return _json((await self._expectation(assignment, device)).receipt)
+
+    # --- downloading ------------------------------------------------------------------------------
+
+    async def blob(self, request: Request) -> Response:
+        device, _ = await self._signed(request)
+        address = request.path_params["hash"]
+        key = (device.populations, address)
+        if key not in self._granted:
+            catalogue = self._home.store.catalogue
+            if not await asyncio.to_thread(catalogue.may_download, device.populations, address):
+                raise NotFound(f"there is no blob {address[:12]} for this device")
+            if len(self._granted) > 10_000:
+                self._granted.clear()
+            self._granted.add(key)
+        size = await asyncio.to_thread(self._home.blobs.size, address)
+        start, stop = _requested_range(request.headers.get("range", ""), size)
+        headers = {
+            "Content-Length": str(stop - start),
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "ETag": f'"{address}"',
+        }
+        partial = (start, stop) != (0, size)
+        if partial:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        return StreamingResponse(
+            self._chunks(address, start, stop),
+            206 if partial else 200,
+            headers,
+            "application/octet-stream",
+        )
+
+    async def release(self, request: Request) -> Response:
+        device, _ = await self._signed(request)
+        population, slot = request.path_params["population"], request.path_params["slot"]
+        require_member(device, population)
+        deployed = await asyncio.to_thread(self._home.store.releases.deployed, population, slot)
+        if deployed is None:
+            raise NotFound(f"nothing is released to slot {slot} of {population}")
+        return Response(deployed.signed, media_type="application/json")
+
+    # --- shared -----------------------------------------------------------------------------------
+
+    async def _signed(self, request: Request) -> tuple[DeviceRecord, bytes]:
+        """The proven sender of a small request, and its body."""
+        device = await self._home.doorkeeper.device(request)
+        body = await read_body(request, self._home.settings.max_message)
+        self._home.doorkeeper.check_signature(request, device.public_key, digest(body))
+        return device, body
+
+    async def _expectation(self, assignment: str, device: DeviceRecord) -> Expectation:
+        return await asyncio.to_thread(
+            self._home.store.reports.expectation, assignment, device.device_id
+        )
+
+    async def _void(self, assignment: str, reason: str) -> None:
+        await asyncio.to_thread(self._home.store.reports.void, assignment, reason)
+        self._home.notices.ring(SCHEDULER)  # nobody else may be left to wait for
+
+    def _codec(self, task: TaskRecord) -> ContributionCodec:
+        return contribution_codec(task.spec, self._home.library.manifest(task.spec.plan_hash))
+
+    async def _chunks(self, address: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        while start < stop:
+            length = min(CHUNK, stop - start)
+            chunk = await asyncio.to_thread(self._home.blobs.read, address, start, length)
+            start += len(chunk)
+            yield chunk
+
+
+def _checked(codec: ContributionCodec, body: bytearray) -> Contribution:
+    """The contribution in a body. Raises `BadFrame`, `ShapeMismatch` or `NumericFailure`."""
+    contribution = decode_contribution(body)
+    codec.check(contribution)
+    return contribution
+
+
+def _settled(receipt: Receipt, body_hash: str) -> Receipt:
+    """The answer to a report. Raises `ReportConflict` if another body was reported, `Expired` if none was in time."""
+    if receipt.digest is None:
+        raise Expired(
+            f"this assignment is over: {receipt.reason or receipt.state}",
+            hint="nothing of this report was used",
+            state=receipt.state,
+        )
+    if receipt.digest != body_hash:
+        raise ReportConflict(
+            "another report was sent for this assignment",
+            expected=receipt.digest,
+            got=body_hash,
+        )
+    return receipt
+
+
+def _requested_range(header: str, size: int) -> tuple[int, int]:
+    """(start, stop) of the bytes asked for; all of them when the header is absent or cannot be met (RFC 9110)."""
+    match = _RANGE.fullmatch(header)
+    if match is None or int(match[1]) >= size:
+        return 0, size
+    stop = min(int(match[2]) + 1, size) if match[2] else size
+    return (int(match[1]), stop) if stop > int(match[1]) else (0, size)
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _json(message: object) -> Response:
+    return Response(encode(message), media_type="application/json")

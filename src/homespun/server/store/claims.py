@@ -1,0 +1,86 @@
+"""Claims: devices that gather for a draw, and what became of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from homespun.protocol.messages import ReportState
+from homespun.protocol.round import RoundState
+from homespun.server.store.database import Database
+from homespun.server.store.records import ClaimAnswer, Drawn, Gathered, TurnedAway, decode_spec
+from homespun.server.store.reports import receipt_id
+from homespun.server.store.rounds import ROUND_AND_TASK, num_waiting
+from homespun.server.store.schema import assignments, claims, receipts, rounds
+
+
+class Claims:
+    """Named transactions of a device that wants to take part in a round attempt."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(
+        self,
+        task_id: str,
+        number: int,
+        attempt: int,
+        device_id: str,
+        now: float,
+        waits_until: float,
+    ) -> ClaimAnswer:
+        """Ask to take part; asking again refreshes the claim, which lapses at `waits_until`."""
+        with self._database.write() as connection:
+            row = _find(connection, task_id, number, attempt)
+            if row is None or row.state != RoundState.OPEN:
+                return _answer(connection, row, device_id)
+            mine = (claims.c.round_id == row.round_id) & (claims.c.device_id == device_id)
+            refresh = update(claims).where(mine).values(expires_at=waits_until)
+            if connection.execute(refresh).rowcount == 0:
+                connection.execute(
+                    insert(claims).values(
+                        round_id=row.round_id, device_id=device_id, expires_at=waits_until
+                    )
+                )
+            spec = decode_spec(row.task_spec)
+            waiting = num_waiting(connection, row.round_id, now)
+            window_over = now >= row.select_at and waiting >= spec.minimum
+            return Gathered(due=window_over or waiting >= spec.pool_size)
+
+    def answer(self, task_id: str, number: int, attempt: int, device_id: str) -> ClaimAnswer:
+        """What became of a claim, without asking again."""
+        with self._database.read() as connection:
+            return _answer(connection, _find(connection, task_id, number, attempt), device_id)
+
+
+def _find(connection: Connection, task_id: str, number: int, attempt: int) -> Row[Any] | None:
+    query = ROUND_AND_TASK.where(
+        rounds.c.task_id == task_id, rounds.c.number == number, rounds.c.attempt == attempt
+    )
+    return connection.execute(query).first()
+
+
+def _answer(connection: Connection, row: Row[Any] | None, device_id: str) -> ClaimAnswer:
+    if row is None or row.state == RoundState.PLANNED:
+        return TurnedAway("unknown_round")
+    if row.state == RoundState.OPEN:
+        return Gathered(due=False)
+    if row.state != RoundState.RUNNING:
+        return TurnedAway("round_closed")
+    drawn = select(assignments.c.assignment_id).where(
+        assignments.c.round_id == row.round_id, assignments.c.device_id == device_id
+    )
+    ticket = connection.execute(drawn).scalar()
+    if ticket is None:
+        claimed = select(claims.c.device_id).where(
+            claims.c.round_id == row.round_id, claims.c.device_id == device_id
+        )
+        gathered = connection.execute(claimed).first() is not None
+        return TurnedAway("not_drawn" if gathered else "round_closed")
+    state = connection.execute(
+        select(receipts.c.state).where(receipts.c.receipt_id == receipt_id(ticket))
+    ).scalar()
+    if state == ReportState.VOID:  # given up by the device itself
+        return TurnedAway("round_closed")
+    return Drawn(ticket, row.base, row.deadline_at)

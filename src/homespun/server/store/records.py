@@ -1,0 +1,207 @@
+"""What the transactions return: plain records, never rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy import Row
+
+from homespun.protocol.messages import Message, Name, Receipt, Sha256
+from homespun.protocol.release import ReleaseState
+from homespun.protocol.round import RoundView
+from homespun.protocol.tasks import TaskSpec
+from homespun.protocol.views import Evidence, MetricView, ReleaseView, TaskState, TaskView
+from homespun.server.store.schema import tasks
+from homespun.types import Hash
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """Who may sign requests. `public_key`: raw Ed25519."""
+
+    device_id: str
+    public_key: bytes
+    populations: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task with what only the server needs: the chain's hash and the optimizer's state."""
+
+    task_id: str
+    spec: TaskSpec
+    state: TaskState
+    reason: str
+    created_at: float
+    rounds_committed: int
+    head: Hash
+    chain: Hash
+    optimizer_state: Hash | None
+
+    @property
+    def view(self) -> TaskView:
+        return TaskView(
+            task_id=self.task_id,
+            spec=self.spec,
+            state=self.state,
+            created_at=self.created_at,
+            rounds_committed=self.rounds_committed,
+            head=self.head,
+            reason=self.reason,
+        )
+
+
+class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Totals over a cohort."""
+
+    weight: float | None = None
+    clipped_share: float | None = None
+    metrics: dict[str, MetricView] = {}
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A live round: what `protocol.round.due` looks at, and what its events need."""
+
+    round_id: int
+    task: TaskRecord
+    number: int
+    attempt: int
+    base: Hash
+    sum_snapshot: Hash | None
+    checkpoint: Hash | None
+    view: RoundView
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A device is in the cohort: its ticket, and what it starts from until when."""
+
+    assignment_id: str
+    base: Hash
+    deadline_at: float
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A claim that waits; `due`: the draw may be made now."""
+
+    due: bool
+
+
+@dataclass(frozen=True)
+class TurnedAway:
+    """A claim that came to nothing; `reason` as in `messages.Rejected`."""
+
+    reason: str
+
+
+ClaimAnswer = Drawn | Gathered | TurnedAway
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """An assignment as the server knows it before a body is read."""
+
+    round_id: int
+    task: TaskRecord
+    deadline_at: float
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A group of reports is durable; `due`: the round may close now."""
+
+    due: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Nothing was written: these reports are not expected any more; none named: the stored sum is another."""
+
+    receipt_ids: frozenset[Hash]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What aggregation made, ready to be committed. `checkpoint` is None for an evaluation."""
+
+    checkpoint: Hash | None
+    chain: Hash | None
+    optimizer_state: Hash | None
+    result: RoundResult
+
+
+class ReleaseRequest(Message, frozen=True, kw_only=True):
+    """What an operator asks to release. `margin`: how much worse than the incumbent it may be."""
+
+    population: Name
+    slot: Name
+    plan_hash: Sha256
+    checkpoint: Sha256
+    version: Annotated[str, Meta(min_length=1, max_length=100)]
+    evaluation_task_id: str | None = None
+    margin: Annotated[float, Meta(ge=0)] = 0.0
+
+
+@dataclass(frozen=True)
+class ReleaseRecord:
+    """A release with what only the server needs. `signed`: JSON of the SignedRelease, once deployed."""
+
+    release_id: str
+    population: str
+    slot: str
+    version: str
+    state: ReleaseState
+    sequence: int | None
+    plan_hash: Hash
+    checkpoint: Hash
+    evaluation_task_id: str | None
+    margin: float
+    reason: str
+    evidence: Evidence | None
+    signed: bytes | None
+    created_at: float
+
+    @property
+    def view(self) -> ReleaseView:
+        return ReleaseView(
+            release_id=self.release_id,
+            population=self.population,
+            slot=self.slot,
+            version=self.version,
+            state=self.state,
+            sequence=self.sequence,
+            plan_hash=self.plan_hash,
+            checkpoint=self.checkpoint,
+            created_at=self.created_at,
+            reason=self.reason,
+            evidence=self.evidence,
+        )
+
+
+@lru_cache(maxsize=1024)
+def decode_spec(text: str) -> TaskSpec:
+    """A stored description; descriptions never change."""
+    return msgspec.json.decode(text, type=TaskSpec)
+
+
+def task_record(row: Row[Any], prefix: str = "") -> TaskRecord:
+    """A task from a row that holds all columns of `schema.tasks`, named with `prefix`."""
+    value = {column.name: getattr(row, prefix + column.name) for column in tasks.columns}
+    return TaskRecord(
+        task_id=value["task_id"],
+        spec=decode_spec(value["spec"]),
+        state=TaskState(value["state"]),
+        reason=value["reason"],
+        created_at=value["created_at"],
+        rounds_committed=value["rounds_committed"],
+        head=value["head"],
+        chain=value["chain"],
+        optimizer_state=value["optimizer_state"],
+    )

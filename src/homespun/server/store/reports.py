@@ -1,0 +1,140 @@
+"""Reports: which are expected, which are in the sum, what became of each.
+
+The row of a contribution and the snapshot of the sum that holds it change in one transaction (`record`), so a
+contribution that was acknowledged is in the sum exactly once, whenever the server dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from sqlalchemy import bindparam, func, select, update
+
+from homespun.errors import NotAllowed, NotFound
+from homespun.protocol.messages import Receipt, ReportState
+from homespun.protocol.round import RoundState
+from homespun.server.store.database import Database
+from homespun.server.store.records import Expectation, Recorded, Refused, decode_spec, task_record
+from homespun.server.store.schema import assignments, receipts, rounds, tasks
+from homespun.types import Hash
+
+_CONTEXT = b"homespun-receipt-v1\n"
+
+
+def receipt_id(assignment_id: str) -> Hash:
+    """What remains of an assignment id when the round is over."""
+    return hashlib.sha256(_CONTEXT + assignment_id.encode()).hexdigest()
+
+
+class Reports:
+    """Named transactions about reports."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def expectation(self, assignment_id: str, device_id: str) -> Expectation:
+        """What is known of an assignment.
+
+        Raises `NotFound`, or `NotAllowed` while it is known to be another device's. After the round nothing says
+        whose it was; whoever knows the id may ask.
+        """
+        query = (
+            select(
+                receipts,
+                rounds.c.deadline_at,
+                rounds.c.checkpoint,
+                assignments.c.device_id,
+                *(column.label(f"task_{column.name}") for column in tasks.c),
+            )
+            .join(rounds, rounds.c.round_id == receipts.c.round_id)
+            .join(tasks, tasks.c.task_id == rounds.c.task_id)
+            .outerjoin(assignments, assignments.c.assignment_id == assignment_id)
+            .where(receipts.c.receipt_id == receipt_id(assignment_id))
+        )
+        with self._database.read() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise NotFound("there is no such assignment", assignment_id=assignment_id[:64])
+        if row.device_id not in (None, device_id):
+            raise NotAllowed("this assignment is another device's")
+        state = ReportState(row.state)
+        return Expectation(
+            round_id=row.round_id,
+            task=task_record(row, "task_"),
+            deadline_at=row.deadline_at,
+            receipt=Receipt(
+                assignment_id=assignment_id,
+                state=state,
+                digest=row.digest,
+                checkpoint=row.checkpoint if state is ReportState.INCLUDED else None,
+                reason=row.reason,
+            ),
+        )
+
+    def snapshot(self, round_id: int) -> Hash | None:
+        """The sum as of the last group that became durable; None: no report yet."""
+        query = select(rounds.c.sum_snapshot).where(rounds.c.round_id == round_id)
+        with self._database.read() as connection:
+            snapshot: Hash | None = connection.execute(query).scalar_one()
+        return snapshot
+
+    def record(
+        self, round_id: int, previous: Hash | None, snapshot: Hash, digests: Mapping[Hash, Hash]
+    ) -> Recorded | Refused:
+        """A group commit: receipt id -> digest of the reports that turned `previous` into `snapshot`.
+
+        All or nothing. Refused when one of them is not expected any more, when the fence has fallen, or when
+        the stored sum is not `previous`.
+        """
+        with self._database.write() as connection:
+            row = connection.execute(
+                select(rounds.c.state, rounds.c.sum_snapshot, rounds.c.num_reported, tasks.c.spec)
+                .join(tasks, tasks.c.task_id == rounds.c.task_id)
+                .where(rounds.c.round_id == round_id)
+                .with_for_update()
+            ).one()
+            if row.state != RoundState.RUNNING:
+                return Refused(frozenset(digests))
+            if row.sum_snapshot != previous:
+                return Refused(frozenset())
+            expected = set(
+                connection.scalars(
+                    select(receipts.c.receipt_id).where(
+                        receipts.c.receipt_id.in_(digests),
+                        receipts.c.state == ReportState.EXPECTED,
+                    )
+                )
+            )
+            if len(expected) < len(digests):
+                return Refused(frozenset(digests.keys() - expected))
+            connection.execute(
+                update(receipts)
+                .where(receipts.c.receipt_id == bindparam("id"))
+                .values(state=ReportState.ACKNOWLEDGED, digest=bindparam("body")),
+                [{"id": receipt, "body": digest} for receipt, digest in digests.items()],
+            )
+            num_reported = row.num_reported + len(digests)
+            connection.execute(
+                update(rounds)
+                .where(rounds.c.round_id == round_id)
+                .values(sum_snapshot=snapshot, num_reported=num_reported)
+            )
+            num_open = connection.execute(
+                select(func.count()).where(
+                    receipts.c.round_id == round_id, receipts.c.state == ReportState.EXPECTED
+                )
+            ).scalar_one()
+            return Recorded(due=num_reported >= decode_spec(row.spec).goal or num_open == 0)
+
+    def void(self, assignment_id: str, reason: str) -> None:
+        """No report will come, or none that can be used. Changes nothing once there is one or an end."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(receipts)
+                .where(
+                    receipts.c.receipt_id == receipt_id(assignment_id),
+                    receipts.c.state == ReportState.EXPECTED,
+                )
+                .values(state=ReportState.VOID, reason=reason)
+            )

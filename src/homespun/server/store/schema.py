@@ -1,0 +1,246 @@
+"""The tables. Comments say what a thing is for and who may read it; `store/migrations` creates them.
+
+Readers: **server** only; **operators** through the operator API; **devices** through the device API. Everything
+that names one device in one round lives in `claims` and `assignments`, which are emptied when a round ends; what
+remains (`receipts`) is keyed by a hash that only the device can link to anything.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+HASH = String(64)
+NAME = String(64)
+ID = String(32)
+
+
+def _population() -> Column[str]:
+    return Column(
+        "population",
+        NAME,
+        ForeignKey("populations.name"),
+        nullable=False,
+        comment="Its population.",
+    )
+
+
+populations = Table(
+    "populations",
+    metadata,
+    Column("name", NAME, primary_key=True, comment="What devices and operators call it."),
+    Column("created_at", Float, nullable=False, comment="Unix seconds."),
+    comment="Groups of devices that check in under one name. Operators.",
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("token_id", ID, primary_key=True, comment="What operators call it."),
+    Column("token_hash", HASH, nullable=False, unique=True, comment="SHA-256 of the join token."),
+    _population(),
+    Column("max_uses", Integer, comment="Devices that may enrol with it; null: any number."),
+    Column("uses", Integer, nullable=False, comment="Devices that did; not which."),
+    Column("expires_at", Float, comment="Unix seconds; null: never."),
+    Column("revoked", Boolean, nullable=False, comment="Whether an operator withdrew it."),
+    comment="Join tokens. Operators, without the hash.",
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("device_id", ID, primary_key=True, comment="From the hash of its public key."),
+    Column(
+        "population",
+        NAME,
+        ForeignKey("populations.name"),
+        primary_key=True,
+        comment="A population that it joined.",
+    ),
+    Column("public_key", LargeBinary(32), nullable=False, comment="Raw Ed25519 key."),
+    comment="Who may sign requests; nothing about what it did or when. Server; operators see counts.",
+)
+
+plans = Table(
+    "plans",
+    metadata,
+    Column("hash", HASH, primary_key=True, comment="Address of the plan's zip."),
+    Column("name", String(100), nullable=False, comment="From its manifest."),
+    Column("size_bytes", Integer, nullable=False, comment="Of the zip."),
+    Column("manifest", LargeBinary, nullable=False, comment="Its manifest, canonical JSON."),
+    Column("created_at", Float, nullable=False, comment="Unix seconds."),
+    comment="Published plans. Operators; devices of populations with a grant.",
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("hash", HASH, primary_key=True, comment="Address of the safetensors file."),
+    Column(
+        "plan_hash", HASH, ForeignKey("plans.hash"), primary_key=True, comment="Whose parameters."
+    ),
+    Column("size_bytes", Integer, nullable=False, comment="Of the file."),
+    Column("created_at", Float, nullable=False, comment="Unix seconds, of its first appearance."),
+    comment="Parameters, pushed or trained. Operators; devices of populations with a grant.",
+)
+
+grants = Table(
+    "grants",
+    metadata,
+    Column(
+        "population",
+        NAME,
+        ForeignKey("populations.name"),
+        primary_key=True,
+        comment="Whose devices.",
+    ),
+    Column("hash", HASH, primary_key=True, comment="May download this blob."),
+    comment="Which blobs a population may see. Server.",
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("task_id", ID, primary_key=True, comment="Random."),
+    Column("name", NAME, nullable=False, comment="From the description."),
+    _population(),
+    Column("plan_hash", HASH, ForeignKey("plans.hash"), nullable=False, comment="Its plan."),
+    Column("spec", Text, nullable=False, comment="The description, JSON of TaskSpec."),
+    Column("state", String(16), nullable=False, comment="active, finished, halted, stopped."),
+    Column("reason", Text, nullable=False, comment="Why halted, for people."),
+    Column("created_at", Float, nullable=False, comment="Unix seconds."),
+    Column("head", HASH, nullable=False, comment="Newest checkpoint."),
+    Column("chain", HASH, nullable=False, comment="Hash chain up to the head."),
+    Column("optimizer_state", HASH, comment="Server optimizer's state at the head; private blob."),
+    Column("rounds_committed", Integer, nullable=False, comment="How far it is."),
+    Column("failures", Integer, nullable=False, comment="Abandoned attempts in a row."),
+    comment="Computations for a population. Operators; devices see the offers made from it.",
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("round_id", Integer, primary_key=True, comment="Internal."),
+    Column("task_id", ID, ForeignKey("tasks.task_id"), nullable=False, comment="Its task."),
+    Column("number", Integer, nullable=False, comment="From 1."),
+    Column("attempt", Integer, nullable=False, comment="From 1, for this number."),
+    Column("state", String(16), nullable=False, comment="See protocol.round."),
+    Column("base", HASH, nullable=False, comment="Checkpoint that it starts from."),
+    Column("opened_at", Float, comment="Unix seconds."),
+    Column("select_at", Float, comment="Deadline of the selection window."),
+    Column("selected_at", Float, comment="When the cohort was drawn."),
+    Column("deadline_at", Float, comment="When waiting for reports ends."),
+    Column("closed_at", Float, comment="When the fence fell: later reports are late."),
+    Column("committed_at", Float, comment="When the checkpoint became the head."),
+    Column("num_assigned", Integer, nullable=False, comment="Size of the cohort."),
+    Column("num_reported", Integer, nullable=False, comment="Contributions in the sum."),
+    Column("num_late", Integer, nullable=False, comment="Assigned but not in when the fence fell."),
+    Column("sum_snapshot", HASH, comment="Running sum of the reports; private blob. Server only."),
+    Column("checkpoint", HASH, comment="What it made; null for evaluation."),
+    Column("chain", HASH, comment="Hash chain up to that checkpoint."),
+    Column("optimizer_state", HASH, comment="After its step; private blob. Server only."),
+    Column("result", Text, comment="Totals over the cohort, JSON of RoundResult."),
+    Column("reason", Text, nullable=False, comment="Why abandoned or cancelled, for people."),
+    UniqueConstraint("task_id", "number", "attempt"),
+    comment="Attempts at rounds. Operators: cohort figures only.",
+)
+Index("ix_rounds_state", rounds.c.state)
+# At most one committed attempt per round, whatever the code above this line believes.
+_COMMITTED = text("state IN ('committed', 'scrubbed')")
+Index(
+    "uq_rounds_committed",
+    rounds.c.task_id,
+    rounds.c.number,
+    unique=True,
+    sqlite_where=_COMMITTED,
+    postgresql_where=_COMMITTED,
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    Column("round_id", ForeignKey("rounds.round_id"), primary_key=True, comment="An open round."),
+    Column("device_id", ID, primary_key=True, comment="Who waits for the draw."),
+    Column("expires_at", Float, nullable=False, comment="Unix seconds; waiting until then."),
+    comment="The pool of a draw; emptied when the round ends. Server.",
+)
+
+assignments = Table(
+    "assignments",
+    metadata,
+    Column("assignment_id", ID, primary_key=True, comment="Random; the device's ticket."),
+    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Which round."),
+    Column("device_id", ID, nullable=False, comment="Whose ticket."),
+    UniqueConstraint("round_id", "device_id"),
+    comment="The cohort; emptied when the round ends. Server, and each device its own.",
+)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("receipt_id", HASH, primary_key=True, comment="SHA-256 of the assignment id."),
+    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Which round."),
+    Column("state", String(16), nullable=False, comment="See protocol.messages.ReportState."),
+    Column("digest", HASH, comment="SHA-256 of the report's body."),
+    Column("reason", Text, nullable=False, comment="Why void or late."),
+    comment="What became of every report, kept against replay. Who knows the assignment id.",
+)
+Index("ix_receipts_round_id_state", receipts.c.round_id, receipts.c.state)
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("release_id", ID, primary_key=True, comment="Random."),
+    _population(),
+    Column("slot", NAME, nullable=False, comment="What the model is for."),
+    Column("version", String(100), nullable=False, comment="A name for people."),
+    Column("state", String(16), nullable=False, comment="See protocol.release."),
+    Column("sequence", Integer, comment="Grows with every manifest of a slot; null: none yet."),
+    Column("plan_hash", HASH, ForeignKey("plans.hash"), nullable=False, comment="What runs it."),
+    Column("checkpoint", HASH, nullable=False, comment="What it is."),
+    Column("evaluation_task_id", ID, ForeignKey("tasks.task_id"), comment="Where evidence is."),
+    Column("margin", Float, nullable=False, comment="How much worse than the incumbent it may be."),
+    Column("reason", Text, nullable=False, comment="Why it is where it is, for people."),
+    Column("evidence", Text, comment="JSON of Evidence."),
+    Column("signed", LargeBinary, comment="JSON of SignedRelease, as devices get it."),
+    Column("created_at", Float, nullable=False, comment="Unix seconds."),
+    UniqueConstraint("population", "slot", "version"),
+    UniqueConstraint("population", "slot", "sequence"),
+    comment="Model versions on their way to devices. Operators; devices the newest signed one.",
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", Integer, primary_key=True, comment="Order of happening."),
+    Column("at", Float, nullable=False, comment="Unix seconds."),
+    Column("kind", String(40), nullable=False, comment="Such as round.committed."),
+    Column("task_id", ID, comment="Which task."),
+    Column("round_number", Integer, comment="Which round."),
+    Column("attempt", Integer, comment="Which attempt."),
+    Column("text", Text, nullable=False, comment="For people; cohorts, never one device."),
+    comment="What happened, in order. Operators.",
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,368 @@
+"""What every store must do, run against each database. The fleet tests use it through the server."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from homespun.errors import Conflict, NotAuthentic, NotFound, StorageFailure
+from homespun.protocol.messages import Criteria, ReleaseManifest, SignedRelease, TaskKind
+from homespun.protocol.release import ReleaseEvent
+from homespun.protocol.round import RoundState
+from homespun.protocol.tasks import TaskSpec
+from homespun.protocol.views import MetricView
+from homespun.server.store import Store
+from homespun.server.store.records import (
+    Drawn,
+    Gathered,
+    Recorded,
+    Refused,
+    ReleaseRequest,
+    RoundResult,
+    Trained,
+    TurnedAway,
+)
+from homespun.server.store.reports import receipt_id
+from homespun.server.store.schema import metadata, rounds
+
+PLAN, FIRST, SECOND, CHAIN, SUM, BODY = (character * 64 for character in "123456")
+NOW = 1000.0
+
+
+@pytest.fixture(params=["sqlite"])
+def url(request, tmp_path):
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def store(url):
+    store = Store(url)
+    store.enrolment.create_population("phones", NOW)
+    store.catalogue.add_plan(PLAN, "plan", 10, b"{}", NOW)
+    store.catalogue.add_checkpoint(FIRST, PLAN, 20, NOW)
+    yield store
+    store.close()
+
+
+def spec(**fields):
+    return TaskSpec(
+        **{
+            "name": "train",
+            "population": "phones",
+            "kind": TaskKind.TRAIN,
+            "plan_hash": PLAN,
+            "checkpoints": (FIRST,),
+            "goal": 3,
+            "minimum": 3,
+            "over_selection": 1.0,
+            "selection_s": 10.0,
+            "deadline_s": 100.0,
+            "criteria": Criteria(),
+            **fields,
+        }
+    )
+
+
+def live(store, now=NOW):
+    (record,) = store.rounds.live(now)
+    return record
+
+
+def running(store, **fields):
+    """A task whose round 1 runs, and the tickets of its devices."""
+    task = store.tasks.create(spec(**fields), "t1", CHAIN, NOW)
+    store.rounds.open(live(store).round_id, NOW)
+    for index in range(task.spec.cohort_size):
+        store.claims.claim("t1", 1, 1, f"d{index}", NOW, NOW + 50)
+    store.rounds.select(live(store).round_id, NOW)
+    answers = [store.claims.answer("t1", 1, 1, f"d{i}") for i in range(task.spec.cohort_size)]
+    assert all(isinstance(answer, Drawn) for answer in answers)
+    return live(store).round_id, [answer.assignment_id for answer in answers]
+
+
+def commit(store, round_id, tickets):
+    store.reports.record(round_id, None, SUM, {receipt_id(t): BODY for t in tickets})
+    store.rounds.close(round_id, NOW)
+    result = RoundResult(
+        weight=1.0, clipped_share=0.0, metrics={"loss": MetricView(sum=1, count=2)}
+    )
+    store.rounds.aggregate(round_id, Trained(SECOND, CHAIN, SUM, result))
+    store.rounds.commit(round_id, NOW, 30)
+
+
+# --- the database ----------------------------------------------------------------------------------
+
+
+def test_migrations_make_exactly_the_schema(store):
+    with store.database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_opening_again_keeps_everything(store, url):
+    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    store.close()
+    again = Store(url)
+    assert again.tasks.get("t1").spec == spec()
+    again.close()
+
+
+def test_the_schema_is_documentation():
+    for table in metadata.tables.values():
+        assert table.comment, table.name
+        readers = ("Operators", "operators", "Server", "evices", "Who knows")
+        assert any(reader in table.comment for reader in readers), table.name
+        for column in table.columns:
+            assert column.comment, f"{table.name}.{column.name}"
+
+
+def test_a_failing_block_writes_nothing(store):
+    with pytest.raises(ZeroDivisionError), store.database.write() as connection:
+        connection.execute(text("DELETE FROM checkpoints"))
+        _ = 1 / 0
+    assert store.catalogue.has_checkpoint(FIRST)
+
+
+def test_a_failing_database_is_a_storage_failure_without_values(store):
+    with pytest.raises(StorageFailure) as caught, store.database.read() as connection:
+        connection.execute(text("SELECT * FROM absent WHERE secret = 's3cret'"))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_writers_take_turns(store):
+    view = store.enrolment.create_token("phones", "id", "token", None, None)
+    assert view.token == "token"
+
+    def join(index):
+        store.enrolment.enroll("phones", "token", f"d{index}", bytes(32), NOW)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(join, range(40)))
+    (population,) = store.enrolment.populations()
+    assert population.num_devices == 40
+
+
+def test_a_reader_sees_one_moment(store):
+    with store.database.read() as connection:
+        count = text("SELECT count(*) FROM plans")
+        before = connection.execute(count).scalar()
+        writer = threading.Thread(
+            target=store.catalogue.add_plan, args=("7" * 64, "other", 1, b"", NOW)
+        )
+        writer.start()
+        writer.join()
+        assert connection.execute(count).scalar() == before
+
+
+# --- enrolment -------------------------------------------------------------------------------------
+
+
+def test_a_token_is_counted_once_per_device_even_in_a_race(store):
+    store.enrolment.create_token("phones", "id", "token", 1, None)
+
+    def join(_):
+        store.enrolment.enroll("phones", "token", "d", bytes(32), NOW)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(join, range(8)))
+    with pytest.raises(NotAuthentic):
+        store.enrolment.enroll("phones", "token", "e", bytes(32), NOW)
+    device = store.enrolment.device("d")
+    assert (device.public_key, device.populations) == (bytes(32), frozenset({"phones"}))
+    assert store.enrolment.device("e") is None
+
+
+# --- rounds ----------------------------------------------------------------------------------------
+
+
+def test_a_task_begins_with_a_planned_round_and_grants(store):
+    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    record = live(store)
+    assert (record.view.state, record.number, record.attempt) == (RoundState.PLANNED, 1, 1)
+    assert record.base == FIRST
+    assert store.catalogue.may_download({"phones"}, PLAN)
+    assert store.catalogue.may_download({"phones"}, FIRST)
+    assert not store.catalogue.may_download({"others"}, FIRST)
+    assert not store.catalogue.may_download(set(), FIRST)
+    with pytest.raises(NotFound):
+        store.tasks.create(spec(name="x", plan_hash="9" * 64), "t2", CHAIN, NOW)
+
+
+def test_claims_gather_and_lapse(store):
+    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 50) == TurnedAway("unknown_round")
+    store.rounds.open(live(store).round_id, NOW)
+    for _ in range(2):
+        assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 5) == Gathered(due=False)
+    assert live(store).view.num_waiting == 1
+    store.claims.claim("t1", 1, 1, "d1", NOW, NOW + 50)
+    assert store.claims.claim("t1", 1, 1, "d2", NOW, NOW + 50) == Gathered(due=True)
+    assert live(store, NOW + 5).view.num_waiting == 2
+    with pytest.raises(Conflict):
+        store.rounds.select(live(store).round_id, NOW + 5)
+    assert live(store).view.state is RoundState.OPEN
+    store.rounds.select(live(store).round_id, NOW)
+    assert store.claims.answer("t1", 1, 1, "d9") == TurnedAway("round_closed")
+
+
+def test_transitions_follow_the_table_and_change_nothing_otherwise(store):
+    round_id, _ = running(store)
+    for call in (
+        lambda: store.rounds.open(round_id, NOW),
+        lambda: store.rounds.select(round_id, NOW),
+        lambda: store.rounds.commit(round_id, NOW, 0),
+        lambda: store.rounds.scrub(round_id),
+    ):
+        with pytest.raises(Conflict):
+            call()
+    assert live(store).view.state is RoundState.RUNNING
+
+
+def test_a_group_of_reports_is_all_or_nothing(store):
+    round_id, tickets = running(store)
+    ids = [receipt_id(ticket) for ticket in tickets]
+    assert store.reports.record(round_id, None, SUM, {ids[0]: BODY}) == Recorded(due=False)
+    assert store.reports.snapshot(round_id) == SUM
+    # ids[0] is in already, and "x" is nobody's: the group is refused as a whole, naming them.
+    refused = store.reports.record(round_id, SUM, "7" * 64, {ids[0]: BODY, ids[1]: BODY, "x": BODY})
+    assert refused == Refused(frozenset({ids[0], "x"}))
+    assert store.reports.expectation(tickets[1], "d1").receipt.state == "expected"
+    # The sum that somebody else moved meanwhile.
+    assert store.reports.record(round_id, None, "7" * 64, {ids[1]: BODY}) == Refused(frozenset())
+    assert store.reports.snapshot(round_id) == SUM
+    rest = {ids[1]: BODY, ids[2]: BODY}
+    assert store.reports.record(round_id, SUM, "7" * 64, rest) == Recorded(due=True)
+    assert live(store).view.num_reported == 3
+    assert live(store).view.num_open == 0
+
+
+def test_the_fence(store):
+    round_id, tickets = running(store)
+    store.reports.record(round_id, None, SUM, {receipt_id(tickets[0]): BODY})
+    store.rounds.close(round_id, NOW)
+    late = {receipt_id(tickets[1]): BODY}
+    assert store.reports.record(round_id, SUM, "7" * 64, late) == Refused(frozenset(late))
+    assert store.reports.expectation(tickets[1], "d1").receipt.state == "late"
+    store.reports.void(tickets[1], "too late to give up")
+    assert store.reports.expectation(tickets[1], "d1").receipt.state == "late"
+
+
+def test_committing(store):
+    round_id, tickets = running(store, num_rounds=2)
+    commit(store, round_id, tickets)
+    task = store.tasks.get("t1")
+    assert (task.head, task.rounds_committed, task.optimizer_state) == (SECOND, 1, SUM)
+    receipt = store.reports.expectation(tickets[0], "d0").receipt
+    assert (receipt.state, receipt.checkpoint, receipt.digest) == ("included", SECOND, BODY)
+    store.rounds.scrub(round_id)
+    assert live(store).number == 2
+    assert live(store).base == SECOND
+    # After the round anyone who knows the ticket may ask; nothing says whose it was.
+    assert store.reports.expectation(tickets[0], "d1").receipt == receipt
+    pushed, trained = store.catalogue.models()
+    assert (pushed.hash, pushed.parent) == (FIRST, None)
+    assert (trained.hash, trained.parent, trained.round_number) == (SECOND, FIRST, 1)
+    assert store.catalogue.may_download({"phones"}, SECOND)
+
+
+def test_a_head_that_moved_stops_a_commit(store):
+    round_id, tickets = running(store)
+    with store.database.write() as connection:
+        connection.execute(text("UPDATE tasks SET head = :h"), {"h": "8" * 64})
+    with pytest.raises(Conflict, match="head"):
+        commit(store, round_id, tickets)
+    assert store.tasks.get("t1").rounds_committed == 0
+    assert live(store).view.state is RoundState.AGGREGATED
+
+
+def test_at_most_one_committed_attempt_per_round(store):
+    round_id, tickets = running(store)
+    commit(store, round_id, tickets)
+    values = {"task_id": "t1", "number": 1, "attempt": 2, "state": "committed", "base": FIRST}
+    zeros = {"num_assigned": 0, "num_reported": 0, "num_late": 0, "reason": ""}
+    with pytest.raises(IntegrityError), store.database.write() as connection:
+        connection.execute(rounds.insert().values(**values, **zeros))
+
+
+def test_abandoning_and_halting(store):
+    round_id, tickets = running(store)
+    store.reports.record(round_id, None, SUM, {receipt_id(tickets[0]): BODY})
+    store.rounds.abandon(round_id, NOW, "too few")
+    for ticket in tickets:
+        receipt = store.reports.expectation(ticket, "anyone").receipt
+        assert (receipt.state, receipt.reason, receipt.checkpoint) == ("void", "too few", None)
+    assert (live(store).number, live(store).attempt) == (1, 2)
+    summary = store.rounds.summaries(NOW, "t1")[0]
+    assert (summary.state, summary.reason) == ("abandoned", "too few")
+    for attempt in range(2, 6):
+        record = live(store)
+        assert record.attempt == attempt
+        store.rounds.open(record.round_id, NOW)
+        for index in range(3):
+            store.claims.claim("t1", 1, attempt, f"d{index}", NOW, NOW + 50)
+        store.rounds.select(record.round_id, NOW)
+        store.rounds.abandon(record.round_id, NOW, "too few")
+    assert store.tasks.get("t1").state == "halted"
+    assert store.rounds.live(NOW) == []
+
+
+def test_stopping_cancels(store):
+    _, tickets = running(store)
+    assert store.tasks.stop("t1", NOW).state == "stopped"
+    assert store.tasks.stop("t1", NOW).state == "stopped"
+    assert store.rounds.live(NOW) == []
+    assert store.reports.expectation(tickets[0], "d0").receipt.state == "void"
+
+
+def test_rows_that_name_devices_go_with_the_round(store):
+    def named():
+        with store.database.read() as connection:
+            return [
+                table
+                for table in inspect(connection).get_table_names()
+                if table != "devices"
+                and "device_id" in {c["name"] for c in inspect(connection).get_columns(table)}
+                and connection.execute(text(f"SELECT count(*) FROM {table}")).scalar()
+            ]
+
+    round_id, tickets = running(store)
+    assert named() == ["assignments", "claims"]
+    commit(store, round_id, tickets)
+    store.rounds.scrub(round_id)
+    assert named() == []
+
+
+# --- releases --------------------------------------------------------------------------------------
+
+
+def test_releases_have_growing_numbers_per_slot(store):
+    def sign(manifest: ReleaseManifest) -> SignedRelease:
+        return SignedRelease(manifest=str(manifest.sequence), signature="")
+
+    def ship(slot, version):
+        request = ReleaseRequest(
+            population="phones", slot=slot, plan_hash=PLAN, checkpoint=FIRST, version=version
+        )
+        record = store.releases.add(request, f"{slot}{version}", NOW)
+        for event in (ReleaseEvent.CHECK, ReleaseEvent.EVALUATE, ReleaseEvent.PASS):
+            record = store.releases.move(record.release_id, event, NOW)
+        return store.releases.deploy(record.release_id, NOW, sign)
+
+    assert [ship("a", "1").sequence, ship("a", "2").sequence, ship("b", "1").sequence] == [1, 2, 1]
+    assert [record.state for record in store.releases.all()] == [
+        "superseded",
+        "deployed",
+        "deployed",
+    ]
+    assert store.releases.deployed("phones", "a").version == "2"
+    assert [(p, n.slot, n.sequence) for p, n in store.releases.notices()] == [
+        ("phones", "a", 2),
+        ("phones", "b", 1),
+    ]
+    with pytest.raises(Conflict):
+        store.releases.move("a1", ReleaseEvent.CHECK, NOW)

@@ -1,0 +1,101 @@
+"""What people see when something goes wrong, and how numbers are shown."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from homespun.cli.output import percent, size
+
+
+def homespun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "homespun.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_660_000, "1.7 MB"), (2.5e12, "2500.0 GB")],
+)
+def test_sizes_are_for_people(value: float, shown: str):
+    assert size(value) == shown
+
+
+def test_a_missing_share_is_a_dash():
+    assert percent(None) == "-"
+    assert percent(0.148) == "14.8 %"
+
+
+def test_no_command_shows_the_help_and_fails():
+    result = homespun()
+    assert result.returncode == 2
+    assert "demo" in result.stdout + result.stderr
+
+
+def test_version():
+    assert homespun("--version").stdout.strip() == "0.1.0"
+
+
+def test_a_failure_is_one_line_and_a_hint(tmp_path):
+    result = homespun("task", "ls", "--data", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("error: no server is running in")
+    assert lines[0].endswith("[invalid_config]")
+    assert lines[1].startswith("  hint: ")
+    assert len(lines) == 2
+
+
+def test_an_unreachable_server_is_named():
+    result = homespun("task", "ls", "--server", "http://127.0.0.1:9", "--token", "x")
+    assert result.returncode == 1
+    assert "no server answers at http://127.0.0.1:9" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot read"),
+        ("goal = ", "is not TOML"),
+        ('name = "x"', "missing required field"),
+        ("\N{SNOWMAN} = 1", "is not TOML"),
+    ],
+)
+def test_a_bad_task_description_is_named(tmp_path, content: str | None, complaint: str):
+    file = tmp_path / "task.toml"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    result = homespun("task", "create", str(file), "--server", "http://127.0.0.1:9", "--token", "x")
+    assert result.returncode == 1
+    assert complaint in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_of_ours_leaves_a_report_not_a_trace(tmp_path):
+    code = (
+        "import homespun.cli.main as m, homespun.cli.doctor as d\n"
+        "def broken(): raise RuntimeError('boom')\n"
+        "d.CHECKS = (broken,)\n"
+        "import sys; sys.argv = ['homespun', 'doctor']; m.main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (report,) = tmp_path.glob("homespun-crash-*.txt")
+    assert str(report) in result.stderr
+    assert "boom" in report.read_text()
+
+
+def test_doctor_finds_this_machine_fit():
+    result = homespun("doctor", "--json")
+    assert result.returncode == 0, result.stdout
+    assert '"ONNX Runtime"' in result.stdout
