@@ -122,9 +122,13 @@ def test_the_schema_is_documentation():
 
 
 def test_a_failing_block_writes_nothing(store):
-    with pytest.raises(ZeroDivisionError), store.database.write() as connection:
-        connection.execute(text("DELETE FROM checkpoints"))
-        _ = 1 / 0
+    def fail():
+        with store.database.write() as connection:
+            connection.execute(text("DELETE FROM checkpoints"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert store.catalogue.has_checkpoint(FIRST)
 
 

@@ -95,8 +95,8 @@ def test_enrolling_with_a_key_that_one_does_not_hold(make_world):
     )
     with pytest.raises(NotAuthentic):
         device.call(Enrolled, "POST", "/v1/enroll", encode(message))
+    bad = Enroll(population=POPULATION, token="t", public_key="AAAA")
     with pytest.raises(NotAuthentic, match="Ed25519"):
-        bad = Enroll(population=POPULATION, token="t", public_key="AAAA")
         device.call(Enrolled, "POST", "/v1/enroll", encode(bad))
 
 
@@ -240,7 +240,7 @@ def test_an_unexpected_failure_tells_nothing_but_a_number(make_world):
     with pytest.raises(HomespunError, match="something went wrong") as caught:
         world.devices[0].check_in()
     assert "secret" not in str(caught.value)
-    assert len(caught.value.details["number"]) == 12
+    assert len(str(caught.value.details["number"])) == 12
 
 
 def test_the_api_describes_itself(make_world):

@@ -107,7 +107,7 @@ def test_a_bad_body_is_named(stage, what):
 
 
 def test_a_refused_report_is_not_waited_for(stage):
-    world, _, cohort = stage
+    _, _, cohort = stage
     device, assigned = cohort[4]
     body, _ = bad_bodies(device, assigned)["too much weight"]
     with pytest.raises(NumericFailure):

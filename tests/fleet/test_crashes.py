@@ -8,7 +8,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 
 from homespun.errors import StorageFailure
-from homespun.protocol.messages import Receipt
 from homespun.protocol.views import TaskView
 from homespun.server.store.reports import receipt_id
 from homespun.tensors import codec as tensors
@@ -132,13 +131,13 @@ def test_a_full_disk_refuses_reports_and_the_sum_is_untouched(make_world, undist
     def full(*_: object) -> None:
         raise StorageFailure("the database failed: disk is full")
 
-    world.deployment.store.reports.record = full  # type: ignore[method-assign,assignment]
+    world.deployment.store.reports.record = full
     device, assigned = cohort[1]
     for _ in range(2):
         with pytest.raises(StorageFailure, match="disk is full"):
             device.report(assigned)
     assert device.receipt(assigned).state == "expected"
-    world.deployment.store.reports.record = record  # type: ignore[method-assign]
+    world.deployment.store.reports.record = record
     for device, assigned in cohort:
         device.report(assigned)
     world.settle()
@@ -155,12 +154,12 @@ def test_a_full_disk_while_aggregating_delays_the_round(make_world, undisturbed)
     def full(*_: object) -> None:
         raise StorageFailure("cannot store a blob: no space left on device")
 
-    world.deployment.blobs.put = full  # type: ignore[method-assign,assignment]
+    world.deployment.blobs.put = full
     for device, assigned in cohort:
         device.report(assigned)
     world.settle()
     assert world.rounds(task)[0].state == "closing"
-    world.deployment.blobs.put = put  # type: ignore[method-assign]
+    world.deployment.blobs.put = put
     world.settle()
     world.run_round(task, 2)
     assert world.task(task).head == undisturbed
@@ -176,7 +175,7 @@ def test_uploads_that_arrive_together_are_one_group(make_world):
         groups.append(len(arguments[3]))
         return record(*arguments)
 
-    world.deployment.store.reports.record = counted  # type: ignore[method-assign]
+    world.deployment.store.reports.record = counted
     with ThreadPoolExecutor(6) as devices:
         receipts = list(devices.map(lambda pair: pair[0].report(pair[1]), cohort))
     assert groups == [6]
@@ -189,11 +188,9 @@ def test_one_report_sent_many_times_at_once_counts_once(make_world):
     cohort = world.gather(task)
     device, assigned = cohort[0]
 
-    def send(_: int) -> Receipt:
-        return device.report(assigned)
-
     with ThreadPoolExecutor(5) as copies:
-        receipts = list(copies.map(send, range(5)))
+        sent = [copies.submit(device.report, assigned) for _ in range(5)]
+        receipts = [copy.result() for copy in sent]
     assert {receipt.digest for receipt in receipts} == {tensors.digest(device.body(assigned))}
     assert world.rounds(task)[0].num_reported == 1
 
@@ -212,7 +209,7 @@ def test_a_group_leaves_out_what_is_not_expected_any_more(make_world):
             world.deployment.store.reports.void(ticket.assignment_id, "given up")
         return await check(*arguments)
 
-    world.deployment.intake.add = late  # type: ignore[method-assign]
+    world.deployment.intake.add = late
     with ThreadPoolExecutor(2) as devices:
         good = devices.submit(cohort[0][0].report, cohort[0][1])
         bad = devices.submit(quitter.report, ticket)

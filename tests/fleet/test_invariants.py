@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from homespun.errors import HomespunError
+from homespun.errors import Expired, HomespunError
 from homespun.learning.algorithm import Algorithm
 from homespun.learning.contribution import Contribution
 from homespun.learning.optimizers import State, server_optimizer
 from homespun.plan.initial import initial_checkpoint
 from homespun.protocol.messages import Assigned, Receipt
 from homespun.protocol.tasks import OptimizerSpec
-from homespun.protocol.views import Event, TaskView
+from homespun.protocol.views import Event, RoundSummary, TaskView
 from homespun.server.aggregation import chain
 from homespun.server.store.schema import assignments, claims, metadata, rounds
 from homespun.tensors import codec as tensors
@@ -99,8 +99,7 @@ class Play:
         device, ticket = self.world.devices[index], self.tickets[index]
         try:
             receipt: Receipt = device.report(ticket)
-        except HomespunError as error:
-            assert error.code == "expired"
+        except Expired:
             return
         assert receipt.state in ("acknowledged", "included", "void")
         attempt = (ticket.round_number, ticket.attempt)
@@ -139,7 +138,7 @@ class Play:
         self.check_numbers(included)
         self.check_rows()
 
-    def check_numbers(self, included: dict) -> None:
+    def check_numbers(self, included: dict[int, RoundSummary]) -> None:
         """1, 2, 5: the chain is exactly what the acknowledged reports make, each counted once."""
         manifest = self.world.plan.manifest
         rule = server_optimizer(OPTIMIZER.name, OPTIMIZER.settings)
@@ -240,6 +239,6 @@ def test_the_same_operations_leave_the_same_trace(todo):
             for name, argument in todo:
                 play.do(name, argument)
             events = play.world.operate(list[Event], "GET", "/events")
-            traces.append([(e.at, e.kind, e.round_number, e.attempt, e.text) for e in events])
-            traces[-1].append(play.world.task(play.task).head)
+            trace = [(e.at, e.kind, e.round_number, e.attempt, e.text) for e in events]
+            traces.append((trace, play.world.task(play.task).head))
     assert traces[0] == traces[1]

@@ -87,7 +87,7 @@ def test_arrival_order_does_not_matter(make_world, seed):
         hashes.append([(view.checkpoint, view.base_checkpoint) for view in world.rounds(task)])
         (last,) = (
             model["chain"]
-            for model in world.operate(list[dict], "GET", "/models")
+            for model in world.operate(list[dict[str, object]], "GET", "/models")
             if model["round_number"] == 2
         )
         hashes[-1].append(last)

@@ -416,6 +416,35 @@ def test_the_deadline_ends_the_work(device: Device, server: FakeServer):
     assert "deadline" in status(device).sessions[0].reason
 
 
+def test_a_round_that_was_given_back_is_not_claimed_again(device: Device, server: FakeServer):
+    server.open_round()
+    device.run_to(S.TRAINING)
+    device.kill()
+    device.run_session()
+    claims = server.log.count("POST /v1/claim")
+    device.run_to(S.REJECTED)
+    assert [r.code for r in status(device).refusals] == ["already_tried"]
+    assert server.log.count("POST /v1/claim") == claims
+
+
+def test_what_would_come_too_late_is_not_sent(device: Device, server: FakeServer):
+    server.open_round(deadline_s=60.0)
+    device.run_to(S.INTENT)
+    device.clock.advance(61.0)
+    device.run_session()
+    assert server.reports == {}
+    assert status(device).sessions[0].outcome == "late"
+    assert device.files() == OWN_FILES
+
+
+def test_a_clock_that_was_set_back_does_not_silence_the_device(device: Device, server: FakeServer):
+    device.run_to(S.REJECTED)
+    device.clock.advance(-365 * 86_400.0)
+    server.open_round()
+    device.run_session()
+    assert len(server.reports["train-1-1"]) == 1
+
+
 def test_an_offer_for_others_is_not_claimed(device: Device, server: FakeServer):
     nobody = Bucket(salt="x", low=0.0, high=0.0)
     server.open_round(criteria=Criteria(min_examples=10_000, bucket=nobody))
@@ -566,6 +595,13 @@ def test_nothing_is_sent_that_was_not_journalled(device: Device, server: FakeSer
     for _ in range(30):
         device.step()
     assert "train-25-1" in server.reports
+
+
+def test_a_status_that_cannot_be_written_hinders_nothing(device: Device, server: FakeServer):
+    device.home.status_file.mkdir()  # nothing can be renamed over a directory
+    server.open_round()
+    device.run_session()
+    assert len(server.reports["train-1-1"]) == 1
 
 
 def test_without_a_journal_there_is_no_device(

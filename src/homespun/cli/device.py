@@ -106,10 +106,12 @@ def run(
     from homespun.device.connection import Connection, http_client
     from homespun.device.home import Home
     from homespun.device.identity import Identity
+    from homespun.device.memory import give_back_large_blocks
     from homespun.device.runtime import Runtime
     from homespun.device.stopping import Stop
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    give_back_large_blocks()
     stop, clock, home = Stop(), SystemClock(), Home(directory)
     stop.on_signals()
     if until_eof:

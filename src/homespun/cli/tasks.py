@@ -185,6 +185,8 @@ def register(app: typer.Typer) -> None:
         """Create a task and follow it to its end; exit code 1 unless it finishes."""
         client = connect(server, operator_token, data)
         view = client.create_task(read_spec(spec))
+        if not json:
+            out.print(f"task {view.task_id}", markup=False)
         for summary in follow(client, view.task_id):
             if json:
                 print_json(summary)

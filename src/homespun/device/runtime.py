@@ -168,15 +168,22 @@ class Runtime:
         """
         now = self._clock.now()
         if now >= self._clean_at:
-            self._examples.expire(now)
-            cleaning.clean(self._home, self._models, self._session.session_id)
             self._clean_at = now + cleaning.EVERY_S
+            self._tidy(now)
         pause = self._journal.retry_at - now
         if not 0 < pause <= LONGEST_RETRY_S or self._session.state in _ENDED:
             pause = self._attempt()
             self._journal.add_traffic(now, *self._connection.take_traffic())
         self._board.write(self._session, self._clock.now())
         return pause
+
+    def _tidy(self, now: float) -> None:
+        """What a crash left, and what is too old, goes: at every start and on a timer."""
+        try:
+            self._examples.expire(now)
+            cleaning.clean(self._home, self._models, self._session.session_id)
+        except StorageFailure as error:
+            log.warning("not everything could be cleaned; trying again later: %s", error)
 
     def _attempt(self) -> float:
         """One step, with every failure turned into what the device does about it."""

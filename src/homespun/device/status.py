@@ -6,6 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -118,7 +119,10 @@ class Board:
             num_held_out=self._examples.count(now, held_out=True),
             peak_memory_bytes=peak_memory_bytes(),
         )
-        write_atomically(self._home.status_file, msgspec.json.encode(status), durable=False)
+        with suppress(
+            StorageFailure
+        ):  # a full disk keeps the person uninformed, not the device from work
+            write_atomically(self._home.status_file, msgspec.json.encode(status), durable=False)
 
     def _release_problems(self) -> tuple[str, ...]:
         """Releases that can never be served here, and what hindered the last check-in's."""

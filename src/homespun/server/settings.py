@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -25,18 +25,18 @@ class Settings(BaseSettings):
 
     data_dir: Path = Path(".homespun/server")
     host: str = "127.0.0.1"
-    port: int = Field(8470, ge=0, le=65535)
+    port: Annotated[int, Field(ge=0, le=65535)] = 8470
     database_url: str = ""
-    max_wait_s: float = Field(25.0, ge=0)
-    tick_s: float = Field(1.0, gt=0)
-    group_s: float = Field(0.02, ge=0)
-    group_size: int = Field(64, ge=1)
-    upload_memory: int = Field(128 * 2**20, ge=1)
-    upload_timeout_s: float = Field(300.0, gt=0)
-    max_message: int = Field(64 * 2**10, ge=1024)
-    max_checkpoint: int = Field(256 * 2**20, ge=1024)
-    retry_earliest_s: float = Field(60.0, ge=0)
-    retry_latest_s: float = Field(300.0, ge=0)
+    max_wait_s: Annotated[float, Field(ge=0)] = 25.0
+    tick_s: Annotated[float, Field(gt=0)] = 1.0
+    group_s: Annotated[float, Field(ge=0)] = 0.02
+    group_size: Annotated[int, Field(ge=1)] = 64
+    upload_memory: Annotated[int, Field(ge=1)] = 128 * 2**20
+    upload_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    max_message: Annotated[int, Field(ge=1024)] = 64 * 2**10
+    max_checkpoint: Annotated[int, Field(ge=1024)] = 256 * 2**20
+    retry_earliest_s: Annotated[float, Field(ge=0)] = 60.0
+    retry_latest_s: Annotated[float, Field(ge=0)] = 300.0
 
     @property
     def database(self) -> str:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import typer
 
+from homespun.cli.output import out
+
 DEFAULT_DIRECTORY = Path(".homespun/demo")
+INTERRUPTED = 130
 
 
 def register(app: typer.Typer) -> None:
@@ -49,4 +52,8 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             exact=exact,
         )
-        raise typer.Exit(play(settings, directory, fresh=fresh))
+        try:
+            raise typer.Exit(play(settings, directory, fresh=fresh))
+        except KeyboardInterrupt:
+            out.print("interrupted; nothing is left running. The same command resumes.")
+            raise typer.Exit(INTERRUPTED) from None

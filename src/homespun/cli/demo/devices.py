@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 from homespun.cli.demo.fleet import Process
@@ -13,16 +16,18 @@ from homespun.device.conditions import Span
 from homespun.device.enrolment import enroll
 from homespun.device.examples import open_examples
 from homespun.device.home import Home, Settings
+from homespun.device.identity import Identity
 from homespun.device.models import Models, open_models
 from homespun.device.status import Status, read_status
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.messages import RetryWindow
+from homespun.protocol.messages import Bucket, RetryWindow
+from homespun.protocol.selection import in_bucket
 from homespun.rng import derive_seed
 from homespun.types import Hash
 
 RETRY_WHEN_AWAY = RetryWindow(earliest_s=1.0, latest_s=3.0)
 POLL_S = 20.0
-AWAY_S = 45.0
+AWAY_S = 60.0
 
 SCRIPTS = (
     (Span(to_s=AWAY_S, charging=False),),
@@ -30,7 +35,7 @@ SCRIPTS = (
     (Span(to_s=AWAY_S, unmetered=False),),
     (Span(from_s=20, to_s=30, idle=False), Span(from_s=40, to_s=50, idle=False)),
 )
-"""Spread over the first devices: not charging, in use, on a metered network, picked up now and then."""
+"""Of the first devices: not charging, in use, on a metered network, picked up now and then."""
 
 
 @dataclass
@@ -55,9 +60,9 @@ class DemoDevice:
     def home(self) -> Home:
         return Home(self.root)
 
-    @property
+    @cached_property
     def device_id(self) -> str:
-        return self.home.settings().device_id
+        return Identity.load_or_create(self.home.identity_file, self.seed).device_id
 
     def status(self) -> Status | None:
         """What the device tells its owner; None before its first step."""
@@ -80,18 +85,30 @@ class DemoDevice:
         return "starting" if status is None else status.state.replace("_", " ")
 
 
-def cast(users: Sequence[UserText], root: Path, seed: int, *, scripted: bool) -> list[DemoDevice]:
-    """One device per user; some are scripted away for a while if asked."""
-    scripts = SCRIPTS if scripted else ()
+def cast(users: Sequence[UserText], root: Path, seed: int) -> list[DemoDevice]:
+    """One device per user."""
     return [
-        DemoDevice(
-            user,
-            root / f"{index:03d}",
-            derive_seed(seed, "device", index),
-            scripts[index] if index < len(scripts) else (),
-        )
+        DemoDevice(user, root / f"{index:03d}", derive_seed(seed, "device", index))
         for index, user in enumerate(users)
     ]
+
+
+def split(devices: Sequence[DemoDevice], test_share: float) -> tuple[Bucket, Bucket]:
+    """Disjoint buckets of the population: who trains, who only tests.
+
+    The salt is the first that gives the test bucket its share of these few devices.
+    """
+    for number in count():
+        train = Bucket(salt=f"demo-{number}", low=0.0, high=1.0 - test_share)
+        tests = Bucket(salt=f"demo-{number}", low=1.0 - test_share, high=1.0)
+        if len(members(devices, tests)) == round(test_share * len(devices)):
+            return train, tests
+    raise AssertionError("count() does not end")
+
+
+def members(devices: Sequence[DemoDevice], bucket: Bucket) -> list[DemoDevice]:
+    """The devices of a bucket."""
+    return [device for device in devices if in_bucket(bucket, device.device_id)]
 
 
 def enrol(
@@ -117,14 +134,10 @@ def enrol(
             store.close()
 
 
-def refusals(devices: Sequence[DemoDevice]) -> dict[str, list[str]]:
-    """Why devices refused to take part since they were started: names by reason."""
-    found: dict[str, list[str]] = {}
-    for device in devices:
-        status = device.status()
-        for code in status.refusal_counts if status else ():
-            found.setdefault(code, []).append(device.name)
-    return found
+def refusing(devices: Sequence[DemoDevice]) -> dict[str, int]:
+    """How many devices refuse to take part at this moment, by reason."""
+    statuses = [status for device in devices if (status := device.status())]
+    return Counter(r.code.replace("_", " ") for s in statuses for r in s.refusals[:1])
 
 
 def traffic(devices: Sequence[DemoDevice]) -> tuple[int, int]:

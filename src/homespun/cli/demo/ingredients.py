@@ -19,7 +19,6 @@ from homespun.plan.manifest import Manifest, TextFeature
 from homespun.plan.package import Plan
 from homespun.types import FloatArray
 
-
 MIN_WORDS = 200
 
 

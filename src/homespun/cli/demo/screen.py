@@ -61,37 +61,37 @@ class Screen:
         testers: Sequence[DemoDevice],
     ) -> None:
         away = [device.name for device in devices if device.script]
-        self.say("devices", f"{len(trainers)} may train, the other {len(testers)} only test")
-        if away:
-            self.say("", f"scripted away for a while: {', '.join(away)}")
+        self.say(
+            "devices",
+            f"{len(trainers)} may train, the other {len(testers)} only test"
+            + (f"; {', '.join(away)} scripted away for a while" if away else ""),
+        )
 
     def round(
         self,
         view: RoundSummary,
         num_rounds: int,
         before: float | None,
+        refusing: Mapping[str, int],
         traffic: tuple[int, int],
         eta_s: float | None,
     ) -> None:
-        """One ended round attempt. `before`: top-3 of the round before; `traffic`: so far."""
+        """One ended round attempt. `before`: top-3 of the round before; `refusing`: devices that will not
+        take part now, by reason; `traffic`: bytes up and down so far.
+        """
+        name = f"{view.round_number:>2}/{num_rounds}"
         if view.checkpoint is None:
-            self.say(
-                "  round",
-                f"{view.round_number:>2} attempt {view.attempt} {view.state}: {view.reason}",
-            )
+            self.say("  round", f"{name}  attempt {view.attempt} {view.state}: {view.reason}")
             return
-        note = f"{size(traffic[0])} up, {size(traffic[1])} down"
+        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(refusing.items()))
         eta = "" if eta_s is None else f"  ETA {int(eta_s // 60)}:{int(eta_s % 60):02d}"
         self.say(
             "  round",
-            f"{view.round_number:>2}/{num_rounds}  {view.num_reported} of {view.num_assigned} reported  "
-            f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  {note}{eta}",
+            f"{name}  {view.num_reported:>2} of {view.num_assigned} reported  "
+            f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  "
+            f"{size(traffic[0]):>8} up {size(traffic[1]):>8} down{eta}"
+            + (f"  refused: {refused}" if refused else ""),
         )
-
-    def refusals(self, reasons: Mapping[str, Sequence[str]]) -> None:
-        """Who did not take part and why, by reason."""
-        for reason, names in sorted(reasons.items()):
-            self.say("  refused", f"{', '.join(names)}: {reason}")
 
     def results(self, evaluation: RoundSummary, released: Hash) -> None:
         """The figures on devices that never trained."""
@@ -136,10 +136,15 @@ class Screen:
         """What some devices suggest, each from its own directory."""
         out.print()
         self.say("offline", "the server is stopped; suggestions come from the devices alone")
-        rows = []
-        for device in devices:
-            models = device.models()
-            for opening in openings:
-                words = "  ".join(s.word for s in models.predict(opening, 3))
-                rows.append((device.name, f"{opening} ...", words))
-        print_table(("device", "after", "suggests"), rows, "")
+        models = [device.models() for device in devices]
+        rows = [
+            (f"{opening} ...", *(", ".join(s.word for s in m.predict(opening, 3)) for m in models))
+            for opening in openings
+        ]
+        print_table(("after", *(device.name for device in devices)), rows, "")
+
+    def done(self, devices: Sequence[DemoDevice]) -> None:
+        """The last lines of a demo that went well."""
+        out.print()
+        self.say("done", f"the model got better, and all {len(devices)} devices serve it; try")
+        self.say("", f'homespun device predict --dir {devices[0].root} "this is the"')

@@ -18,7 +18,16 @@ import msgspec
 
 from homespun.cli.client import OperatorClient, connect
 from homespun.cli.demo import ingredients
-from homespun.cli.demo.devices import DemoDevice, cast, enrol, refusals, traffic
+from homespun.cli.demo.devices import (
+    SCRIPTS,
+    DemoDevice,
+    cast,
+    enrol,
+    members,
+    refusing,
+    split,
+    traffic,
+)
 from homespun.cli.demo.fleet import Process, stop_all
 from homespun.cli.demo.screen import Screen
 from homespun.cli.models import describe
@@ -29,7 +38,6 @@ from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.protocol.messages import Bucket, Criteria, RetryWindow, TaskKind
 from homespun.protocol.release import ReleaseState
-from homespun.protocol.selection import in_bucket
 from homespun.protocol.tasks import OptimizerSpec, TaskSpec
 from homespun.protocol.views import ReleaseView, RoundSummary, TaskView
 from homespun.tensors import codec
@@ -40,7 +48,7 @@ SLOT = "default"
 GOAL = 10
 MINIMUM = 6
 OVER_SELECTION = 1.2
-SELECTION_S = 3.0
+SELECTION_S = 15.0
 MIN_EXAMPLES = 20
 TEST_SHARE = 0.27
 RETRY = RetryWindow(earliest_s=1.0, latest_s=2.0)
@@ -89,7 +97,12 @@ def play(settings: Settings, directory: Path, *, fresh: bool) -> int:
     people = ingredients.gather(Path(settings.text) if settings.text else None, settings.devices)
     public = ingredients.public_texts(Path(settings.public_text) if settings.public_text else None)
     plan = ingredients.keyboard_plan(public)
-    devices = cast(people.users, directory / "devices", settings.seed, scripted=not settings.exact)
+    devices = cast(people.users, directory / "devices", settings.seed)
+    train_bucket, test_bucket = split(devices, TEST_SHARE)
+    trainers, testers = members(devices, train_bucket), members(devices, test_bucket)
+    if not settings.exact:
+        for device, script in zip(trainers, SCRIPTS, strict=False):
+            device.script = script
     screen.people(people, ingredients.num_words_known(plan))
     with running_server(directory / "server") as (server, client):
         screen.say("server", client.url)
@@ -101,9 +114,6 @@ def play(settings: Settings, directory: Path, *, fresh: bool) -> int:
             enrol(devices, client.url, POPULATION, token, clock)
         processes = [server, *(device.process for device in devices)]
         stage = Stage(settings, screen, clock, client, plan, plan_hash, devices, processes)
-        train_bucket, test_bucket = split(stage)
-        trainers = [d for d in devices if in_bucket(train_bucket, d.device_id)]
-        testers = [d for d in devices if in_bucket(test_bucket, d.device_id)]
         screen.cast(devices, trainers, testers)
         release(stage, incumbent, "initial")
         with running(devices):
@@ -133,6 +143,7 @@ def verdict(stage: Stage, evaluation: RoundSummary, serving: int, directory: Pat
         )
         return 1
     (directory / "complete").touch()
+    stage.screen.done(stage.devices)
     return 0
 
 
@@ -210,22 +221,6 @@ def once(client: OperatorClient, spec: TaskSpec) -> TaskView:
     return client.create_task(spec)
 
 
-def split(stage: Stage) -> tuple[Bucket, Bucket]:
-    """Disjoint buckets of the population: who trains, who only tests.
-
-    The salt is the first that gives the test bucket its share of these few devices.
-    """
-    wanted = round(TEST_SHARE * len(stage.devices))
-    salt = 0
-    while True:
-        low = 1.0 - TEST_SHARE
-        train = Bucket(salt=f"demo-{salt}", low=0.0, high=low)
-        tests = Bucket(salt=f"demo-{salt}", low=low, high=1.0)
-        if sum(in_bucket(tests, device.device_id) for device in stage.devices) == wanted:
-            return train, tests
-        salt += 1
-
-
 def train(stage: Stage, initial: Hash, bucket: Bucket, trainers: Sequence[DemoDevice]) -> TaskView:
     """All training rounds, a line for each."""
     settings, screen = stage.settings, stage.screen
@@ -249,14 +244,15 @@ def train(stage: Stage, initial: Hash, bucket: Bucket, trainers: Sequence[DemoDe
     )
     task = once(stage.client, spec)
     began, before, done = stage.clock.now(), None, 0
+    screen.say("train", f"{GOAL} reports a round; top-3 as the devices measure it while they train")
     with screen.waiting("waiting for devices to check in"):
         for view in follow(stage.client, task.task_id, POLL_S, lambda: tick(stage)):
             done += (view.committed_at or 0) >= began
             left = settings.rounds - view.round_number
             eta_s = (stage.clock.now() - began) / done * left if done and left else None
-            screen.round(view, settings.rounds, before, traffic(stage.devices), eta_s)
+            away, moved = refusing(trainers), traffic(stage.devices)
+            screen.round(view, settings.rounds, before, away, moved, eta_s)
             before = share(view, "top3") if view.checkpoint else before
-    screen.refusals(refusals(trainers))
     return finished(stage.client.task(task.task_id))
 
 
@@ -279,7 +275,7 @@ def test(
         goal=len(testers),
         minimum=min(MINIMUM, len(testers)),
         over_selection=1.0,
-        selection_s=10.0,
+        selection_s=30.0,
         deadline_s=PATIENCE_S,
         retry=RETRY,
         criteria=Criteria(min_examples=1, bucket=bucket),

@@ -121,23 +121,33 @@ class DeviceApi:
     async def claim(self, request: Request) -> Response:
         device, body = await self._signed(request)
         message: Claim = decode(body, Claim)
-        task = await asyncio.to_thread(self._home.store.tasks.get, message.task_id)
+        wait_s = min(message.wait_s, self._home.settings.max_wait_s)
+        topic = round_topic(message.task_id, message.round_number)
+        with self._home.notices.listen(topic) as bell:
+            until = _loop_time() + wait_s
+            reply, due = await asyncio.to_thread(self._claim, device, message, wait_s)
+            if due:
+                self._home.notices.ring(SCHEDULER)
+            while isinstance(reply, Waiting) and await bell.wait(until - _loop_time()):
+                reply, _ = await asyncio.to_thread(self._claim, device, message, None)
+        return _json(reply)
+
+    def _claim(
+        self, device: DeviceRecord, message: Claim, wait_s: float | None
+    ) -> tuple[ClaimReply, bool]:
+        """The answer to a claim, and whether the draw is due. Without `wait_s` the claim is not refreshed."""
+        task = self._home.store.tasks.get(message.task_id)
         require_member(device, task.spec.population)
         if not in_bucket(task.spec.criteria.bucket, device.device_id):
-            return _json(Rejected(reason="not_in_bucket", retry=task.spec.retry))
-        wait_s = min(message.wait_s, self._home.settings.max_wait_s)
+            return Rejected(reason="not_in_bucket", retry=task.spec.retry), False
         place = (message.task_id, message.round_number, message.attempt, device.device_id)
         claims, now = self._home.store.claims, self._home.clock.now()
-        with self._home.notices.listen(round_topic(task.task_id, message.round_number)) as bell:
-            until = _loop_time() + wait_s
-            answer = await asyncio.to_thread(
-                claims.claim, *place, now, now + 2 * wait_s + CLAIM_GRACE_S
-            )
-            if isinstance(answer, Gathered) and answer.due:
-                self._home.notices.ring(SCHEDULER)
-            while isinstance(answer, Gathered) and await bell.wait(until - _loop_time()):
-                answer = await asyncio.to_thread(claims.answer, *place)
-        return _json(await asyncio.to_thread(self._claim_reply, task, message, answer))
+        if wait_s is None:
+            answer = claims.answer(*place)
+        else:
+            answer = claims.claim(*place, now, now + 2 * wait_s + CLAIM_GRACE_S)
+        due = isinstance(answer, Gathered) and answer.due
+        return self._claim_reply(task, message, answer), due
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
         spec = task.spec
@@ -164,31 +174,26 @@ class DeviceApi:
     async def report(self, request: Request) -> Response:
         assignment = request.path_params["id"]
         device = await self._home.doorkeeper.device(request)
-        expected = await self._expectation(assignment, device)
-        codec = await asyncio.to_thread(self._codec, expected.task)
-        size = report_size(codec)
+        expected, codec = await asyncio.to_thread(self._reporting, assignment, device)
+        receipt, size = expected.receipt, report_size(codec)
         async with self._home.uploads.hold(size):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
             self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
-            # Between looking and adding the round may have moved on; what the intake does not take is looked
-            # at again, and is settled then.
-            expected = await self._expectation(assignment, device)
-            if expected.receipt.state is ReportState.EXPECTED:
+            if receipt.state is ReportState.EXPECTED:
                 if self._home.clock.now() >= expected.deadline_at:
                     raise Expired("the round's deadline has passed", state=ReportState.LATE)
-                try:
-                    contribution = await asyncio.to_thread(_checked, codec, body)
-                except (
-                    HomespunError
-                ) as error:  # signed, so the device will never send anything else
-                    await self._void(assignment, f"refused: {error.code}")
-                    raise
-                await self._home.intake.add(
+                contribution = await self._checked(assignment, codec, body)
+                if await self._home.intake.add(
                     expected.round_id, codec, receipt_id(assignment), body_hash, contribution
-                )
-                expected = await self._expectation(assignment, device)
-        return _json(_settled(expected.receipt, body_hash))
+                ):
+                    acknowledged = ReportState.ACKNOWLEDGED
+                    return _json(
+                        Receipt(assignment_id=assignment, state=acknowledged, digest=body_hash)
+                    )
+                # It was settled since we looked: by the fence, the device itself, or the same report.
+                receipt = (await self._expectation(assignment, device)).receipt
+        return _json(_settled(receipt, body_hash))
 
     async def receipt(self, request: Request) -> Response:
         device, _ = await self._signed(request)
@@ -263,8 +268,28 @@ class DeviceApi:
         await asyncio.to_thread(self._home.store.reports.void, assignment, reason)
         self._home.notices.ring(SCHEDULER)  # nobody else may be left to wait for
 
-    def _codec(self, task: TaskRecord) -> ContributionCodec:
-        return contribution_codec(task.spec, self._home.library.manifest(task.spec.plan_hash))
+    def _reporting(
+        self, assignment: str, device: DeviceRecord
+    ) -> tuple[Expectation, ContributionCodec]:
+        expected = self._home.store.reports.expectation(assignment, device.device_id)
+        spec = expected.task.spec
+        return expected, contribution_codec(spec, self._home.library.manifest(spec.plan_hash))
+
+    async def _checked(
+        self, assignment: str, codec: ContributionCodec, body: bytearray
+    ) -> Contribution:
+        """The contribution in a signed body. Raises `BadFrame`, `ShapeMismatch` or `NumericFailure`."""
+
+        def check() -> Contribution:
+            contribution = decode_contribution(body)
+            codec.check(contribution)
+            return contribution
+
+        try:
+            return await asyncio.to_thread(check)
+        except HomespunError as error:  # the device will never send anything else
+            await self._void(assignment, f"refused: {error.code}")
+            raise
 
     async def _chunks(self, address: str, start: int, stop: int) -> AsyncIterator[bytes]:
         while start < stop:
@@ -272,13 +297,6 @@ class DeviceApi:
             chunk = await asyncio.to_thread(self._home.blobs.read, address, start, length)
             start += len(chunk)
             yield chunk
-
-
-def _checked(codec: ContributionCodec, body: bytearray) -> Contribution:
-    """The contribution in a body. Raises `BadFrame`, `ShapeMismatch` or `NumericFailure`."""
-    contribution = decode_contribution(body)
-    codec.check(contribution)
-    return contribution
 
 
 def _settled(receipt: Receipt, body_hash: str) -> Receipt:
