@@ -9,7 +9,7 @@ import pytest
 
 from homespun.clock import ManualClock
 from homespun.errors import InvalidConfig, StorageFailure
-from homespun.server.app import create_app, serve
+from homespun.server.app import _listen, create_app, serve
 from homespun.server.deployment import lock_directory
 from homespun.server.settings import Settings
 
@@ -48,3 +48,9 @@ def test_a_damaged_database_is_named(tmp_path: Path):
     (tmp_path / "homespun.db").write_bytes(b"this is not a database" * 100)
     with pytest.raises(StorageFailure, match="database"):
         create_app(Settings(data_dir=tmp_path), ManualClock())
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """asyncio turns Nagle's algorithm off only for sockets that say that they are TCP."""
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
