@@ -252,6 +252,11 @@ def test_the_fence(store):
     late = {receipt_id(tickets[1]): BODY}
     assert store.reports.record(round_id, SUM, "7" * 64, late) == Refused(frozenset(late))
     assert store.reports.expectation(tickets[1], "d1").receipt.state == "late"
+    with store.database.write() as connection:  # the fence does not rely on the receipt alone
+        connection.execute(text("UPDATE receipts SET state = 'expected' WHERE state = 'late'"))
+    assert store.reports.record(round_id, SUM, "7" * 64, late) == Refused(frozenset(late))
+    with store.database.write() as connection:
+        connection.execute(text("UPDATE receipts SET state = 'late' WHERE state = 'expected'"))
     store.reports.void(tickets[1], "too late to give up")
     assert store.reports.expectation(tickets[1], "d1").receipt.state == "late"
 

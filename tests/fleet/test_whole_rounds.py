@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import httpx
 import numpy as np
 import pytest
 
@@ -50,6 +51,8 @@ def test_a_training_round_is_what_the_algorithm_says(make_world):
             assert (receipt.state, receipt.checkpoint) == ("included", summary.checkpoint)
     view = world.task(task)
     assert (view.state, view.rounds_committed, view.head) == ("finished", 2, summary.checkpoint)
+    states = world.deployment.private.scope(f"task-{task.task_id}").addresses()
+    assert list(states) == [tensors.digest(tensors.encode_tree(state))]
 
 
 def test_an_evaluation_round_sums_metrics_only(make_world):
@@ -100,8 +103,6 @@ def test_the_checkpoint_can_be_downloaded_by_devices_and_operators(make_world):
     summary = world.run_round(task)
     data = tensors.encode_tree(world.deployment.library.checkpoint(summary.checkpoint))
     path = f"/v1/blobs/{summary.checkpoint}"
-    import httpx
-
     device = world.devices[0]
     whole = device.call(httpx.Response, "GET", path)
     assert (whole.status_code, whole.content) == (200, data)

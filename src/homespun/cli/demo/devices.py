@@ -27,7 +27,7 @@ from homespun.types import Hash
 
 RETRY_WHEN_AWAY = RetryWindow(earliest_s=1.0, latest_s=3.0)
 POLL_S = 20.0
-AWAY_S = 60.0
+AWAY_S = 40.0
 
 SCRIPTS = (
     (Span(to_s=AWAY_S, charging=False),),
