@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,6 +20,7 @@ from homespun.protocol.messages import (
 )
 from homespun.protocol.views import ReleaseView
 from homespun.server.releases import mean_and_error
+from homespun.server.store.records import ReleaseRequest
 from tests.fleet.world import POPULATION
 
 PATH = f"/v1/releases/{POPULATION}/default"
@@ -147,6 +150,27 @@ def test_a_version_means_one_thing(shipped):
         world.release(plan, new, "1", evaluation_task_id=task.task_id)
     with pytest.raises(NotFound, match="checkpoint"):
         world.release(plan, "9" * 64, "3", evaluation_task_id=None, slot="fresh")
+
+
+def test_requests_and_the_scheduler_may_look_at_once(make_world):
+    world = make_world(0)
+    plan = world.push_plan().hash
+    checkpoint = world.push_checkpoint(plan, 0).hash
+    desk, start = world.deployment.desk, threading.Barrier(4)
+
+    def ask(slot):
+        start.wait()
+        return desk.create(
+            ReleaseRequest(
+                population=POPULATION, slot=slot, version="1", plan_hash=plan, checkpoint=checkpoint
+            ),
+            world.clock.now(),
+        ).state
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(10):
+            states = list(pool.map(ask, [f"slot{number}"] * 4))
+            assert states == ["deployed"] * 4
 
 
 def test_nothing_released_yet(make_world):

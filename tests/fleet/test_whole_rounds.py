@@ -51,6 +51,7 @@ def test_a_training_round_is_what_the_algorithm_says(make_world):
             assert (receipt.state, receipt.checkpoint) == ("included", summary.checkpoint)
     view = world.task(task)
     assert (view.state, view.rounds_committed, view.head) == ("finished", 2, summary.checkpoint)
+    assert state is not None
     states = world.deployment.private.scope(f"task-{task.task_id}").addresses()
     assert list(states) == [tensors.digest(tensors.encode_tree(state))]
 

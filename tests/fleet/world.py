@@ -266,6 +266,7 @@ class World:
                 "goal": 4,
                 "minimum": 3,
                 "over_selection": 1.0,
+                "pool_target": 1,  # the window ends as soon as the cohort is there
                 "selection_s": 60.0,
                 "deadline_s": 600.0,
                 "retry": RetryWindow(earliest_s=1.0, latest_s=2.0),

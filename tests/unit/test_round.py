@@ -44,6 +44,12 @@ def test_an_open_round(num_waiting, now, event):
     assert due(replace(VIEW, state=R.OPEN, num_waiting=num_waiting), now) is event
 
 
+def test_without_a_target_the_draw_is_never_first_come_first_served():
+    view = replace(VIEW, state=R.OPEN, pool_target=0, num_waiting=1000)
+    assert due(view, SELECT_AT - 0.1) is None
+    assert due(view, SELECT_AT) is E.SELECT
+
+
 @pytest.mark.parametrize(
     ("num_reported", "num_open", "now", "event"),
     [

@@ -25,7 +25,7 @@ MINIMAL = {
 def test_the_least_that_a_task_says():
     task = parse(MINIMAL)
     assert (task.kind, task.aggregation) == (TaskKind.TRAIN, Aggregation.PLAIN)
-    assert (task.cohort_size, task.pool_size) == (13, 13)  # 10 x 1.3
+    assert (task.cohort_size, task.pool_size) == (13, 0)  # 10 x 1.3; the window runs out
     assert task.optimizer.name == "FedAvg"
 
 
@@ -62,6 +62,7 @@ def test_a_task_survives_the_database():
 
 
 def test_a_pool_is_never_smaller_than_the_cohort():
+    assert parse({**MINIMAL, "pool_target": 1}).pool_size == 13
     assert parse({**MINIMAL, "pool_target": 12}).pool_size == 13
     assert parse({**MINIMAL, "pool_target": 14}).pool_size == 14
 

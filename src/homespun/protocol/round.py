@@ -75,7 +75,8 @@ ROUND: Machine[RoundState, RoundEvent] = Machine(
 
 @dataclass(frozen=True)
 class RoundView:
-    """What `due` needs to know. Times are Unix seconds; `pool_target` is the pool that ends the window early."""
+    """What `due` needs to know. Times are Unix seconds; `pool_target` is the pool that ends the window
+    early, 0 if none does."""
 
     state: RoundState
     goal: int
@@ -99,15 +100,24 @@ def cohort_size(goal: int, over_selection: float) -> int:
     return ceil(round(goal * over_selection, 6))
 
 
+def pool_ready(waiting: int, target: int, minimum: int, *, window_over: bool) -> bool:
+    """Whether to draw now: the pool has reached its target (0: it has none), or the window is over.
+
+    Without a target the draw is among all who came during the window, never first come first served.
+    """
+    return 0 < target <= waiting or (window_over and waiting >= minimum)
+
+
 def due(view: RoundView, now: float) -> RoundEvent | None:
     """The event that the counts and the clock call for, or None: keep waiting."""
     match view.state:
         case R.PLANNED:
             return E.OPEN
         case R.OPEN:
-            filled = view.num_waiting >= view.pool_target
-            window_over = now >= view.select_at and view.num_waiting >= view.minimum
-            return E.SELECT if filled or window_over else None
+            ready = pool_ready(
+                view.num_waiting, view.pool_target, view.minimum, window_over=now >= view.select_at
+            )
+            return E.SELECT if ready else None
         case R.RUNNING:
             if view.num_reported >= view.goal:
                 return E.CLOSE

@@ -39,7 +39,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     `name`: of the task; `checkpoints`: the initial one to train from, or those to evaluate (candidate,
     incumbent, others); `num_rounds`: committed rounds after which it is finished; `goal`: reports that close
     a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
-    `pool_target`: waiting devices that end the window early (never fewer than are drawn); `selection_s`:
+    `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
     window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
     `retry`: when devices that were not drawn come back; `min_group`: fewest contributions that are ever
     decoded together; `bits`: of a word of the encoding; `optimizer`: the server's step, of train tasks;
@@ -117,8 +117,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
 
     @property
     def pool_size(self) -> int:
-        """Waiting devices that end the selection window early."""
-        return max(self.pool_target, self.cohort_size)
+        """Waiting devices that end the selection window early, at least as many as are drawn; 0: none do."""
+        return max(self.pool_target, self.cohort_size) if self.pool_target else 0
 
 
 def parse(data: object) -> TaskSpec:

@@ -61,14 +61,16 @@ def _load(path: Path, make: Callable[[], str]) -> str:
     try:
         if not path.exists():
             temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(make() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                path.hardlink_to(temporary)
-            temporary.unlink()
+            try:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(make() + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    path.hardlink_to(temporary)
+            finally:
+                temporary.unlink(missing_ok=True)
         text = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StorageFailure(

@@ -13,7 +13,7 @@ from math import sqrt
 
 import structlog
 
-from homespun.errors import InvalidConfig, NumericFailure, ShapeMismatch
+from homespun.errors import Conflict, InvalidConfig, NumericFailure, ShapeMismatch
 from homespun.learning.metrics import MetricSum
 from homespun.protocol.messages import TaskKind
 from homespun.protocol.release import ReleaseEvent, ReleaseState
@@ -76,7 +76,14 @@ class ReleaseDesk:
 
     def _advance(self, release: ReleaseRecord, now: float) -> ReleaseRecord:
         while True:
-            moved = self._step(release, now)
+            try:
+                moved = self._step(release, now)
+            except Conflict:
+                latest = self._store.releases.get(release.release_id)
+                if latest.state == release.state:
+                    raise
+                release = latest  # the scheduler and a request look at once: go on from there
+                continue
             if moved is None:
                 return release
             log.info(

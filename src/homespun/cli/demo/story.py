@@ -49,6 +49,7 @@ GOAL = 10
 MINIMUM = 6
 OVER_SELECTION = 1.2
 SELECTION_S = 15.0
+POOL_SHARE = 0.75
 MIN_EXAMPLES = 20
 TEST_SHARE = 0.27
 RETRY = RetryWindow(earliest_s=1.0, latest_s=2.0)
@@ -234,7 +235,7 @@ def train(stage: Stage, initial: Hash, bucket: Bucket, trainers: Sequence[DemoDe
         goal=GOAL,
         minimum=MINIMUM,
         over_selection=1.0 if settings.exact else OVER_SELECTION,
-        pool_target=len(trainers) if settings.exact else 0,
+        pool_target=len(trainers) if settings.exact else round(POOL_SHARE * len(trainers)),
         selection_s=PATIENCE_S if settings.exact else SELECTION_S,
         deadline_s=PATIENCE_S,
         retry=RETRY,
@@ -275,6 +276,7 @@ def test(
         goal=len(testers),
         minimum=min(MINIMUM, len(testers)),
         over_selection=1.0,
+        pool_target=len(testers),
         selection_s=30.0,
         deadline_s=PATIENCE_S,
         retry=RETRY,

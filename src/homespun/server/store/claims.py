@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from homespun.protocol.messages import ReportState
-from homespun.protocol.round import RoundState
+from homespun.protocol.round import RoundState, pool_ready
 from homespun.server.store.database import Database
 from homespun.server.store.records import ClaimAnswer, Drawn, Gathered, TurnedAway, decode_spec
 from homespun.server.store.reports import receipt_id
@@ -45,8 +45,9 @@ class Claims:
                 )
             spec = decode_spec(row.task_spec)
             waiting = num_waiting(connection, row.round_id, now)
-            window_over = now >= row.select_at and waiting >= spec.minimum
-            return Gathered(due=window_over or waiting >= spec.pool_size)
+            over = now >= row.select_at
+            ready = pool_ready(waiting, spec.pool_size, spec.minimum, window_over=over)
+            return Gathered(due=ready)
 
     def answer(self, task_id: str, number: int, attempt: int, device_id: str) -> ClaimAnswer:
         """What became of a claim, without asking again."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
@@ -44,12 +45,21 @@ class Database:
             yield connection
 
     def upgrade(self) -> None:
-        """Create the tables, or bring those of an older version up to date."""
+        """Create the tables, or bring those of an older version up to date.
+
+        Raises `StorageFailure` for those of a newer version, and leaves them as they are.
+        """
         config = alembic.config.Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.write() as connection:
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+        try:
+            with self.write() as connection:
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+        except CommandError as error:  # there is no such revision among ours
+            raise StorageFailure(
+                "the database belongs to a newer version of Homespun",
+                hint="run that version again, or restore a backup from before it",
+            ) from error
 
     def close(self) -> None:
         self._engine.dispose()
