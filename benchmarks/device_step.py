@@ -114,7 +114,17 @@ def measure(case: str, directory: Path, options: Options) -> list[Row]:
     repeats = 1 if options.quick else 3
     children = {
         side: [
-            run_child([sys.executable, __file__, "child", side, case, str(directory)])
+            run_child(
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.device_step",
+                    "child",
+                    side,
+                    case,
+                    str(directory),
+                ]
+            )
             for _ in range(repeats)
         ]
         for side in ("homespun", "pytorch")

@@ -36,7 +36,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One side of one case. Ratios are of medians; below 1 means less than the floor or the peer."""
+    """One side of one case. Ratios are of medians: `ratio_to_floor` times the floor, `ratio_to_peer` times
+    better than the peer.
+    """
 
     case: str
     side: str
@@ -148,7 +150,7 @@ def rows(
             unit=unit,
             ratio_to_floor=medians[side] / medians[floor] if floor else None,
             peer=peer,
-            ratio_to_peer=medians[side] / medians[peer] if peer else None,
+            ratio_to_peer=medians[peer] / medians[side] if peer else None,
             raw=tuple(values),
         )
         for side, values in measurements.items()
@@ -161,7 +163,7 @@ def report(results: Sequence[Row], options: Options) -> None:
         for row in results:
             print(json.dumps(asdict(row)))
         return
-    print("| case | side | median | to floor | to peer |\n|---|---|---|---|---|")
+    print("| case | side | median | x floor | x better than peer |\n|---|---|---|---|---|")
     for row in results:
         ratios = (
             f"{r:.2f}" if r is not None else "" for r in (row.ratio_to_floor, row.ratio_to_peer)

