@@ -99,3 +99,16 @@ def test_doctor_finds_this_machine_fit():
     result = homespun("doctor", "--json")
     assert result.returncode == 0, result.stdout
     assert '"ONNX Runtime"' in result.stdout
+
+
+def test_a_model_of_the_zoo_can_be_built_and_shown(tmp_path):
+    built = homespun("plan", "build", "digits", str(tmp_path / "plan"))
+    assert built.returncode == 0, built.stderr
+    shown = homespun("plan", "show", str(tmp_path / "plan"))
+    assert "52,180 parameters, metrics: top1" in shown.stdout
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones():
+    refused = homespun("plan", "build", "cats", "nowhere")
+    assert refused.returncode == 1
+    assert "one of: digits, keyboard, keyboard_2018" in refused.stderr

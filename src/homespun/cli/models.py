@@ -9,7 +9,7 @@ import typer
 
 from homespun.cli.client import DataOption, JsonOption, ServerOption, TokenOption, connect
 from homespun.cli.output import out, percent, print_json, print_table, size
-from homespun.errors import InvalidInput
+from homespun.errors import InvalidConfig, InvalidInput
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.protocol.views import Evidence, ReleaseView
@@ -137,6 +137,25 @@ def push_plan(
         content = content.with_assets(dict(_named_file(item) for item in asset))
     stored = connect(server, operator_token, data).push_plan(content.to_bytes())
     print_json(stored) if json else out.print(stored.hash, markup=False)
+
+
+@plan.command("build")
+def build_plan(
+    model: str = typer.Argument(help="digits, keyboard, or keyboard_2018: the paper's size."),
+    folder: Path = typer.Argument(help="Where to write the plan."),
+) -> None:
+    """Build the plan of a model that comes with Homespun; needs PyTorch."""
+    try:
+        from homespun.zoo.builders import BUILDERS
+    except ModuleNotFoundError as error:
+        raise InvalidConfig(
+            f"building a plan needs {error.name}", hint="pip install 'homespun[author]'"
+        ) from error
+    if model not in BUILDERS:
+        raise InvalidInput(f"there is no model {model!r}", hint=f"one of: {', '.join(BUILDERS)}")
+    built = BUILDERS[model]()
+    built.write(folder)
+    out.print(f"{built.manifest.num_parameters:,} parameters, plan in {folder}", markup=False)
 
 
 @plan.command("show")

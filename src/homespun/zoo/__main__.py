@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from homespun.errors import HomespunError
-from homespun.plan.package import Plan
-from homespun.zoo import NAMES, digits, keyboard, load
-
-BUILDERS: dict[str, Callable[[], Plan]] = {"digits": digits.build, "keyboard": keyboard.build}
+from homespun.zoo import NAMES, load
+from homespun.zoo.builders import BUILDERS
 
 
 def main(arguments: list[str]) -> int:
