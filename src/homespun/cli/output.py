@@ -15,7 +15,8 @@ from rich.table import Table
 
 from homespun.errors import HomespunError
 
-out = Console(highlight=False, soft_wrap=True)
+# What goes to a file or a pipe has no width to fit into.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
