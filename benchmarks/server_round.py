@@ -188,6 +188,7 @@ def measure(dimension: int, cohort: int) -> Measured:
             goal=cohort,
             minimum=cohort,
             over_selection=1.0,
+            pool_target=cohort,
             selection_s=3600,
             deadline_s=36000,
             criteria=Criteria(requires=()),
