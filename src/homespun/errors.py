@@ -24,7 +24,18 @@ one of these.
     ├── Conflict                  conflict                 409   the state does not permit this now
     ├── Unreachable               unreachable              502   the other side does not answer
     ├── StorageFailure            storage_failure          507   disk full, unreadable or damaged file
-    └── NumericFailure            numeric_failure          422   non-finite or overflowing numbers
+    ├── NumericFailure            numeric_failure          422   non-finite or overflowing numbers
+    └── SecureAggregationError    secagg_failed            409   a group whose sum must not be opened
+        ├── WeakTerms             secagg_weak_terms        422   weaker protection than the device asks for
+        ├── WrongTerms            secagg_wrong_terms       422   not the work that the device did
+        ├── GroupTooSmall         secagg_group_too_small   409   fewer devices than the terms promise
+        ├── TooManyDropOuts       secagg_too_many_drop_outs 409  more losses than the graph can bear
+        ├── BadRoster             secagg_bad_roster        422   keys or places that do not fit the roster
+        ├── BadSignature          secagg_bad_signature     401   not signed by the device it is said to be from
+        ├── BadShare              secagg_bad_share         422   a share that does not open, or a wrong secret
+        ├── WrongSurvivors        secagg_wrong_survivors   409   a survivor set that cannot be
+        ├── SurvivorsChanged      secagg_survivors_changed 409   another survivor set after the first
+        └── WrongStep             secagg_wrong_step        409   out of order, or repeated with other content
 """
 
 from __future__ import annotations
@@ -150,3 +161,53 @@ class StorageFailure(HomespunError):
 class NumericFailure(HomespunError):
     code = "numeric_failure"
     http_status = 422
+
+
+class SecureAggregationError(HomespunError):
+    code = "secagg_failed"
+    http_status = 409
+
+
+class WeakTerms(SecureAggregationError):
+    code = "secagg_weak_terms"
+    http_status = 422
+
+
+class WrongTerms(SecureAggregationError):
+    code = "secagg_wrong_terms"
+    http_status = 422
+
+
+class GroupTooSmall(SecureAggregationError):
+    code = "secagg_group_too_small"
+
+
+class TooManyDropOuts(SecureAggregationError):
+    code = "secagg_too_many_drop_outs"
+
+
+class BadRoster(SecureAggregationError):
+    code = "secagg_bad_roster"
+    http_status = 422
+
+
+class BadSignature(SecureAggregationError):
+    code = "secagg_bad_signature"
+    http_status = 401
+
+
+class BadShare(SecureAggregationError):
+    code = "secagg_bad_share"
+    http_status = 422
+
+
+class WrongSurvivors(SecureAggregationError):
+    code = "secagg_wrong_survivors"
+
+
+class SurvivorsChanged(SecureAggregationError):
+    code = "secagg_survivors_changed"
+
+
+class WrongStep(SecureAggregationError):
+    code = "secagg_wrong_step"
