@@ -198,7 +198,7 @@ def test_a_task_begins_with_a_planned_round_and_grants(store):
 
 
 def test_claims_gather_and_lapse(store):
-    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    store.tasks.create(spec(pool_target=3), "t1", CHAIN, NOW)
     assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 50) == TurnedAway("unknown_round")
     store.rounds.open(live(store).round_id, NOW)
     for _ in range(2):

@@ -298,7 +298,8 @@ def test_headers_say_the_same_for_every_device(overheard: Overheard):
         assert names > SIGNED
         assert names <= SIGNED | PLAIN | {"content-length", "range"}
         values.add(tuple(request.headers.get(name) for name in sorted(PLAIN)))
-    assert len(values) == 1
+    ((*_, user_agent),) = values  # the last in order
+    assert user_agent == f"homespun/{messages.PROTOCOL_VERSION}"
 
 
 def test_no_text_of_an_example_is_in_it(overheard: Overheard):

@@ -31,6 +31,7 @@ from homespun.errors import (
 )
 from homespun.protocol import messages
 from homespun.protocol.messages import (
+    PROTOCOL_VERSION,
     Abort,
     Assigned,
     CheckIn,
@@ -67,6 +68,7 @@ def http_client(server: str) -> httpx.Client:
         )
     return httpx.Client(
         base_url=server,
+        headers={"User-Agent": f"homespun/{PROTOCOL_VERSION}"},  # the same for every device
         verify=url.scheme == "https",  # without TLS there are no certificates to load
         trust_env=url.hostname not in _LOOPBACK,  # no proxy leads to this machine
     )
