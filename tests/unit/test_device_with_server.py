@@ -123,6 +123,7 @@ def test_whole_sessions_with_the_real_server(tmp_path: Path, client: OperatorCli
             goal=3,
             minimum=3,
             over_selection=1.0,
+            pool_target=3,
             selection_s=20.0,
             deadline_s=20.0,
             retry=RETRY,

@@ -11,7 +11,7 @@ import pytest
 from homespun import zoo
 from homespun.errors import NumericFailure, PlanError, ShapeMismatch, UnsupportedPlan
 from homespun.plan.initial import initial_checkpoint
-from homespun.plan.manifest import Manifest
+from homespun.plan.manifest import Manifest, ParameterSpec, Zipf
 
 MANIFEST = zoo.load("digits").manifest
 KEYBOARD = zoo.load("keyboard").manifest
@@ -128,8 +128,27 @@ def test_the_initial_checkpoint_follows_the_initializers():
     bound = 1 / np.sqrt(32 * 7 * 7)
     assert bound * 0.99 < np.abs(first["hidden.weight"]).max() <= np.float32(bound)
     keyboard = initial_checkpoint(KEYBOARD, 1)
-    assert abs(keyboard["embedding.weight"].std() - 0.05) < 0.001
-    assert not keyboard["bias"].any()
+    assert abs(keyboard["embedding.weight"].std() - 0.2) < 0.002
+    assert not keyboard["gates"].any()
+
+
+def test_zipf_starts_with_how_common_words_are():
+    spec = ParameterSpec(name="bias", shape=(2016,), initial=Zipf(first=16))
+    bias = initial_checkpoint(msgspec.structs.replace(MANIFEST, parameters=(spec,)), 0)["bias"]
+    assert bias.dtype == np.float32
+    assert abs(bias.mean()) < 1e-5
+    words = bias[16:]
+    assert (np.diff(words) < 0).all()
+    # log((rank + 1 + shift) / (1 + shift)): the first word against the hundredth
+    assert words[0] - words[99] == pytest.approx(np.log(102.7 / 3.7), rel=1e-5)
+    assert (bias[:16] == words[-1]).all()  # what is no word is as rare as the last one
+
+
+@pytest.mark.parametrize("zipf", [Zipf(first=2016), Zipf(first=-1), Zipf(first=0, shift=-1.0)])
+def test_zipf_without_words_or_with_an_infinite_first_one_is_refused(zipf):
+    spec = ParameterSpec(name="bias", shape=(2016,), initial=zipf)
+    with pytest.raises(PlanError, match="parameter bias cannot start"):
+        msgspec.structs.replace(MANIFEST, parameters=(spec,)).validate()
 
 
 def test_a_checkpoint_of_another_model_is_refused():

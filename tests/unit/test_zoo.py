@@ -39,7 +39,7 @@ def test_sizes():
     assert manifest.num_parameters == sum(
         p.numel() for p in models.NextWord(models.DEMO).parameters()
     )
-    assert 400_000 < manifest.num_parameters < 500_000
+    assert manifest.num_parameters == 350_496
     hard = sum(p.numel() for p in models.NextWord(models.HARD_2018).parameters())
     assert 1_400_000 < hard < 1_450_000
     assert zoo.load("digits").manifest.num_parameters < 100_000
@@ -70,24 +70,30 @@ CASES: dict[str, Any] = {
         lambda: models.NextWord(models.DEMO),
         keyboard_loss,
         lambda: keyboard._examples(models.DEMO),
+        torch.float32,
     ),
     "digits": (
         models.Digits,
         cross_entropy,
         lambda: striped(64),
+        torch.float64,
     ),
 }
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_twenty_steps_equal_eager_pytorch(name):
-    """Ragged batches on our side; PyTorch gets the real rows only, its own losses and its own SGD, and
-    double precision: in single, a near-tie of max-pooling can send either of the two another way."""
-    make, loss, data = CASES[name]
+    """Ragged batches on our side; PyTorch gets the real rows only, its own losses and its own SGD.
+
+    Digits are compared with double precision: in single, a near-tie of max-pooling can send either of the
+    two another way. The keyboard's rate of 3 makes single precision itself drift 6e-4 from double in 20
+    steps, so it is compared with single, which rounds alike.
+    """
+    make, loss, data, precision = CASES[name]
     plan, examples = zoo.load(name), data()
     manifest = plan.manifest
     checkpoint = initial_checkpoint(manifest, 7)
-    model = module_at(make(), checkpoint).double()
+    model = module_at(make(), checkpoint).to(precision)
     sgd = torch.optim.SGD(model.parameters(), lr=manifest.optimizer.learning_rate)
     trainer = Trainer(manifest, plan.graphs["train"])
     trainer.start(checkpoint)
@@ -100,7 +106,9 @@ def test_twenty_steps_equal_eager_pytorch(name):
         sums = trainer.step({key: tensor.numpy() for key, tensor in batch.items()}, weight)
         sgd.zero_grad()
         x = batch["x"][:real]
-        mean = loss(model(x.long() if name == "keyboard" else x.double()), batch["y"][:real].long())
+        mean = loss(
+            model(x.long() if name == "keyboard" else x.to(precision)), batch["y"][:real].long()
+        )
         mean.backward()
         if manifest.optimizer.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), manifest.optimizer.max_grad_norm)

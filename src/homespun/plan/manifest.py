@@ -279,6 +279,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name, shape in (*self.shapes, *tensors):
             _require(bool(NAME.fullmatch(name)), f"tensor name {name!r} is not a plain name")
             _require(all(d > 0 for d in shape), f"tensor {name} has an empty shape {shape}")
+        for parameter in self.parameters:
+            start = parameter.initial
+            if isinstance(start, Zipf):
+                _require(
+                    0 <= start.first < parameter.size and start.shift > -1,
+                    f"parameter {parameter.name} cannot start at {start}",
+                )
         for name, _ in tensors:
             _require("." not in name, f"input name {name!r} has a dot")
         for spec in self.inputs:
