@@ -147,4 +147,4 @@ class Screen:
         """The last lines of a demo that went well."""
         out.print()
         self.say("done", f"the model got better, and all {len(devices)} devices serve it; try")
-        self.say("", f'homespun device predict --dir {devices[0].root} "this is the"')
+        self.say("", f'./dev homespun device predict --dir {devices[0].root} "this is the"')
