@@ -9,19 +9,23 @@ from hypothesis.extra import numpy as arrays
 
 from homespun.tensors.fixed_point import FixedPoint
 
-FIXED = st.builds(
-    FixedPoint,
-    bits=st.sampled_from([16, 32]),
-    clip=st.floats(1e-6, 1e6),
-    max_group=st.integers(1, 500),
-)
+
+@st.composite
+def fixed_points(draw) -> FixedPoint:
+    bits = draw(st.integers(8, 32))
+    max_group = draw(st.integers(1, min(500, (2 ** (bits - 1) - 1) // 2)))
+    return FixedPoint(bits, draw(st.floats(1e-6, 1e6)), max_group)
+
+
+FIXED = fixed_points()
 FLOATS = st.floats(-1e6, 1e6, width=32)
 SEEDS = st.integers(0, 2**32)
 VALUES = st.integers(0, 20).flatmap(lambda n: arrays.arrays(np.float32, n, elements=FLOATS))
 
 
 def signed(fixed: FixedPoint, words):
-    return words.view(f"<i{fixed.bits // 8}").astype(np.int64)
+    half = 1 << fixed.bits - 1
+    return (words.astype(np.int64) + half) % (2 * half) - half
 
 
 @given(FIXED, VALUES, SEEDS)
@@ -60,6 +64,29 @@ def test_sums_are_exact_and_have_no_order(fixed, updates, seed):
     exact = sum(signed(fixed, part) for part in parts)  # in 64 bits: nothing can wrap
     np.testing.assert_array_equal(signed(fixed, total), exact)
     np.testing.assert_array_equal(fixed.decode(total), (exact / fixed.scale).astype(np.float32))
+
+
+@given(
+    FIXED,
+    st.lists(st.tuples(SEEDS, st.floats(-1e6, 1e6, width=32)), min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=12, max_size=12),
+)
+def test_several_sums_decode_to_the_sum_of_all_integers(fixed, entries, places):
+    parts = [
+        fixed.encode(np.array([value, -value], np.float32), np.random.default_rng(seed))
+        for seed, value in entries
+    ]
+    groups = [fixed.empty_sum(2) for _ in range(4)]
+    sizes = [0] * 4
+    exact = np.zeros(2, np.int64)
+    for part, place in zip(parts, places, strict=False):
+        if sizes[place] < fixed.max_group:
+            fixed.add(groups[place], part)
+            sizes[place] += 1
+            exact += signed(fixed, part)
+    np.testing.assert_array_equal(fixed.decode(*groups), (exact / fixed.scale).astype(np.float32))
+    canonical = [group & fixed.word.type(2**fixed.bits - 1) for group in groups]
+    np.testing.assert_array_equal(fixed.decode(*canonical), fixed.decode(*groups))
 
 
 @given(FIXED, st.booleans(), SEEDS)

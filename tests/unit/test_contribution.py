@@ -24,7 +24,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
-def encode(update=(3.0, 4.0), num_examples=10, metrics=METRICS):
+def encode(update=(3.0, 4.0), num_examples=10, metrics=METRICS) -> Contribution:
     return CODEC.encode(np.array(update, np.float32), num_examples, metrics, rng())
 
 
@@ -106,8 +106,123 @@ def test_the_largest_group_of_the_largest_metrics_does_not_wrap(sign):
     codec = replace(EVALUATION, max_group=65_535)
     values = {"0.top1": MetricSum(sign * AUX_LIMIT, AUX_LIMIT)}
     one = codec.encode(np.zeros(0, np.float32), 1, values, rng())
-    total = Contribution(one.main, one.aux * np.uint64(65_535))
+    total = replace(one, aux=one.aux * np.uint64(65_535))
     assert codec.decode(total).metrics["0.top1"].sum == sign * AUX_LIMIT * 65_535
+    # Two such groups are more than 64 bits hold.
+    assert codec.decode(total, total).metrics["0.top1"].sum == sign * AUX_LIMIT * 131_070
+
+
+# --- rotated, in few bits -----------------------------------------------------------------------------
+
+ROTATED = ContributionCodec(
+    dimension=20_000,
+    clip_norm=5.0,
+    max_weight=0,
+    metrics=(),
+    max_group=100,
+    bits=16,
+    rotation_seed=3,
+)
+
+
+def relative_error(codec: ContributionCodec, num_devices: int = 100) -> float:
+    """Of the mean of heavy-tailed updates that agree in most."""
+    generator, total = rng(), codec.empty()
+    common = generator.standard_t(3, codec.dimension)
+    mean = np.zeros(codec.dimension)
+    for _ in range(num_devices):
+        update = common + 0.3 * generator.normal(size=codec.dimension)
+        sent = (4.9 * update / np.linalg.norm(update)).astype(np.float32)
+        mean += sent / num_devices
+        codec.add(total, codec.encode(sent, 1, {}, generator))
+    result = codec.decode(total)
+    assert result.clipped_share == 0.0
+    return float(np.linalg.norm(result.mean_update - mean) / np.linalg.norm(mean))
+
+
+def test_sixteen_bits_are_as_good_as_exact_and_twelve_still_good():
+    assert relative_error(ROTATED) < 0.002
+    assert relative_error(replace(ROTATED, bits=12)) < 0.03
+    # Without the rotation, the clip bound of every entry has to be that of the whole update.
+    assert relative_error(replace(ROTATED, rotation_seed=None)) > 0.01
+
+
+def test_the_clip_of_a_rotated_entry_on_paper():
+    assert ROTATED.clip == 6 * 5.0 / 128  # sqrt(16,384)
+    assert ROTATED.fixed_point.clip == ROTATED.clip
+    assert replace(ROTATED, rotation_seed=None).clip == 5.0
+    assert replace(ROTATED, dimension=0).clip == replace(ROTATED, dimension=17).clip == 5.0
+
+
+def test_what_is_sent_is_rotated_with_the_seed():
+    codec = replace(ROTATED, dimension=5, clip_norm=100.0, bits=32, rotation_seed=7)
+    sent = codec.encode(np.array([1, 2, 3, 4, 5], np.float32), 1, {}, rng())
+    # The vector of docs/protocol.md.
+    np.testing.assert_allclose(
+        codec.fixed_point.decode(sent.main), [0.0, 1.5, 5.5, 1.5, -4.5], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("place", [0, 10_000, 19_999])
+def test_an_update_of_one_entry_comes_through(place):
+    """Unrotated, the worst case for a bound of every entry; rotated, it is clipped nowhere."""
+    update = np.zeros(20_000, np.float32)
+    update[place] = 5.0
+    one = ROTATED.encode(update, 1, {}, rng())
+    ROTATED.check(one)
+    result = ROTATED.decode(one)
+    assert result.mean_update.argmax() == place
+    # Clipping a single entry would already cost more than rounding does: half a step each.
+    rounding = 0.5 / ROTATED.fixed_point.scale * 20_000**0.5
+    assert np.linalg.norm(result.mean_update - update) < rounding
+    np.testing.assert_allclose(result.mean_update[place], 5.0, rtol=0.01)
+
+
+def test_a_rotated_update_longer_than_its_weight_allows_is_refused():
+    codec = replace(ROTATED, max_weight=10, bits=32)
+    update = np.full(20_000, 5.0 / 20_000**0.5, np.float32)
+    one = codec.encode(update, 10, {}, rng())
+    codec.check(one)
+    lighter = one.aux.copy()
+    lighter[0] = lighter[0] * 999 // 1000
+    with pytest.raises(NumericFailure, match="longer"):
+        codec.check(replace(one, aux=lighter))
+
+
+@pytest.mark.parametrize("seed", [None, 8])
+def test_groups_are_decoded_together(seed):
+    codec = replace(ROTATED, dimension=5, max_group=2, rotation_seed=seed, metrics=("loss",))
+    generator, groups = rng(), [codec.empty() for _ in range(3)]
+    wide, together = (
+        replace(codec, bits=32, max_group=6),
+        replace(codec, bits=32, max_group=6).empty(),
+    )
+    for index in range(6):
+        update = generator.normal(size=5).astype(np.float32)
+        metrics = {"loss": MetricSum(index / 2, 1.0)}
+        codec.add(groups[index // 2], codec.encode(update, 1, metrics, generator))
+        wide.add(together, wide.encode(update, 1, metrics, generator))
+    several, one = codec.decode(*groups), wide.decode(together)
+    np.testing.assert_allclose(
+        several.mean_update, one.mean_update, atol=1.01 / codec.fixed_point.scale * 5**0.5
+    )
+    assert several.metrics == one.metrics == {"loss": MetricSum(7.5, 6.0)}
+    assert (several.num_clients, several.weight) == (one.num_clients, one.weight) == (6, 6.0)
+
+
+def test_the_schema_names_what_both_ends_must_share():
+    assert CODEC.schema == (
+        "fixed-point-1;rotation=None;max_weight=10;"
+        "aux=65536*weight,clients,clipped,loss.sum,loss.count,top1.sum,top1.count"
+    )
+    others = [
+        replace(CODEC, rotation_seed=0),
+        replace(CODEC, rotation_seed=1),
+        replace(CODEC, max_weight=11),
+        replace(CODEC, metrics=("top1", "loss")),
+        replace(CODEC, metrics=("loss",)),
+    ]
+    assert len({codec.schema for codec in (CODEC, *others)}) == 6
 
 
 # --- what does not leave a device ---------------------------------------------------------------------
@@ -149,11 +264,11 @@ def aux_with(**changes: float) -> Contribution:
         aux[CODEC.aux_names.index(name.replace("__", "."))] = np.array(
             round(value * AUX_SCALE), np.int64
         ).astype(np.uint64)
-    return Contribution(honest.main, aux)
+    return replace(honest, aux=aux)
 
 
 def main_of(*entries: int) -> Contribution:
-    return Contribution(np.array(entries, np.int32).view(np.uint32), encode().aux)
+    return replace(encode(), main=np.array(entries, np.int32).view(np.uint32))
 
 
 def test_honest_contributions_pass_the_check():
@@ -199,13 +314,15 @@ def test_dishonest_numbers_are_refused(dishonest):
 @pytest.mark.parametrize(
     "misshapen",
     [
-        Contribution(np.zeros(1, np.uint32), encode().aux),
-        Contribution(np.zeros(3, np.uint32), encode().aux),
-        Contribution(np.zeros((2, 1), np.uint32), encode().aux),
-        Contribution(np.zeros(2, np.uint16), encode().aux),
-        Contribution(encode().main, encode().aux[:-1]),
-        Contribution(encode().main, encode().aux[:1]),
-        Contribution(encode().main, encode().aux.astype(np.int64)),
+        replace(encode(), main=np.zeros(1, np.uint32)),
+        replace(encode(), main=np.zeros(3, np.uint32)),
+        replace(encode(), main=np.zeros((2, 1), np.uint32)),
+        replace(encode(), main=np.zeros(2, np.uint16)),
+        replace(encode(), main=np.zeros(2, np.uint16), bits=16),
+        replace(encode(), bits=31),  # in the same machine words
+        replace(encode(), aux=encode().aux[:-1]),
+        replace(encode(), aux=encode().aux[:1]),
+        replace(encode(), aux=encode().aux.astype(np.int64)),
     ],
 )
 def test_misshapen_contributions_are_refused_and_not_added(misshapen):
@@ -214,6 +331,8 @@ def test_misshapen_contributions_are_refused_and_not_added(misshapen):
         CODEC.check(misshapen)
     with pytest.raises(ShapeMismatch):
         CODEC.add(total, misshapen)
+    with pytest.raises(ShapeMismatch):
+        CODEC.decode(total, misshapen)
     assert total.main.tolist() == encode().main.tolist()
     assert total.aux.tolist() == encode().aux.tolist()
 
@@ -223,12 +342,14 @@ def test_without_a_cap_no_other_weight_is_honest():
     half = one.aux.copy()
     half[0] //= 2
     with pytest.raises(NumericFailure):
-        EVALUATION.check(Contribution(one.main, half))
+        EVALUATION.check(replace(one, aux=half))
 
 
 def test_a_sum_without_weight_is_not_decoded():
     with pytest.raises(NumericFailure, match="no weight"):
         CODEC.decode(CODEC.empty())
+    with pytest.raises(NumericFailure, match="no weight"):
+        CODEC.decode()
     with pytest.raises(NumericFailure, match="no weight"):
         CODEC.decode(aux_with(clients=0.0))
 
@@ -238,7 +359,9 @@ def test_a_sum_without_weight_is_not_decoded():
     [
         {"max_group": 65_536},
         {"max_group": 0},
-        {"bits": 8},
+        {"bits": 7},
+        {"bits": 33},
+        {"bits": 8, "max_group": 64},
         {"bits": 16, "max_group": 16_384},
         {"clip_norm": 0.0},
         {"clip_norm": float("nan")},

@@ -29,13 +29,13 @@ class Algorithm:
     optimizer: ServerOptimizer
 
     def server_update(
-        self, parameters: Tree, state: State, total: Contribution
+        self, parameters: Tree, state: State, *totals: Contribution
     ) -> tuple[dict[str, FloatArray], State, Aggregate]:
-        """Sum of a round to the next checkpoint and optimizer state.
+        """The sums of a round's groups to the next checkpoint and optimizer state.
 
         Raises `NumericFailure` when the result is not finite; the caller then keeps what it had.
         """
-        aggregate = self.codec.decode(total)
+        aggregate = self.codec.decode(*totals)
         update = trees.unflatten(aggregate.mean_update, self.shapes)
         moved, next_state = self.optimizer.apply(parameters, state, update)
         trees.check_finite(moved)

@@ -1,6 +1,6 @@
 """The contribution: everything a device says about its training, as integers that can only be added.
 
-    main   [d]  words modulo 2^bits   weight * clipped update, fixed point
+    main   [d]  words modulo 2^bits   weight * clipped update, rotated, fixed point
     aux    [a]  uint64 modulo 2^64    weight, 1, clipped?, and (sum, count) of every metric
 
 Nothing else travels: no example count, no loss in clear. The same record encodes on the device and
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 import numpy.typing as npt
 
 from homespun.errors import InvalidConfig, NumericFailure, ShapeMismatch
 from homespun.learning.metrics import MetricSum
-from homespun.tensors.fixed_point import FixedPoint, Words
+from homespun.tensors.fixed_point import FixedPoint
+from homespun.tensors.packing import Words
+from homespun.tensors.rotation import block_size, rotate, rotate_back
 from homespun.types import FloatArray
 
 Aux = npt.NDArray[np.uint64]
@@ -30,14 +33,17 @@ AUX_LIMIT = 2.0**31
 MAX_GROUP = 2**16 - 1
 """Largest group: so many auxiliary values at their limit cannot wrap."""
 _LEADING = ("weight", "clients", "clipped")
+_SPREAD = 6.0
+"""Clip of a rotated entry in standard deviations: even in the worst update, at most 1 in 3e7 is beyond (Hoeffding)."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """`main`: words `[d]`; `aux`: uint64 `[a]`. One device's, or (by addition) a group's."""
+    """`main`: words `[d]` modulo 2^`bits`; `aux`: uint64 `[a]`. One device's, or (by addition) a group's."""
 
     main: Words
     aux: Aux
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class ContributionCodec:
     """Device half: `encode`. Server half: `empty`, `add`, `decode`.
 
     `dimension`: entries of an update (0 for evaluation); `clip_norm`: L2 bound of an update; `max_weight`:
-    examples beyond which a device weighs no more (0: every device weighs 1); `metrics`: names, in order.
+    examples beyond which a device weighs no more (0: every device weighs 1); `metrics`: names, in order;
+    `max_group`: most contributions in one sum; `rotation_seed`: public, None if updates are not rotated.
     """
 
     dimension: int
@@ -65,6 +72,7 @@ class ContributionCodec:
     metrics: tuple[str, ...]
     max_group: int
     bits: int = 32
+    rotation_seed: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `InvalidConfig` for a clip bound and group size that do not fit the words."""
@@ -81,9 +89,25 @@ class ContributionCodec:
         _ = self.fixed_point  # checks the others
 
     @property
+    def clip(self) -> float:
+        """Bound of an entry of the main vector.
+
+        |entry| <= |update|_2 <= clip_norm and weight <= 1, so the L2 bound is one. After a rotation the
+        standard deviation of every entry is at most clip_norm / sqrt(B), B the rotation's block.
+        """
+        if self.rotation_seed is None:
+            return self.clip_norm
+        return min(self.clip_norm, _SPREAD * self.clip_norm / sqrt(block_size(self.dimension)))
+
+    @property
+    def schema(self) -> str:
+        """What both ends must agree on besides bits, dimension, `clip` and `max_group`."""
+        aux = f"{int(AUX_SCALE)}*{','.join(self.aux_names)}"
+        return f"fixed-point-1;rotation={self.rotation_seed};max_weight={self.max_weight};aux={aux}"
+
+    @property
     def fixed_point(self) -> FixedPoint:
-        # |entry| <= |update|_2 <= clip_norm and weight <= 1, so the L2 bound is also the bound of every entry.
-        return FixedPoint(self.bits, self.clip_norm, self.max_group)
+        return FixedPoint(self.bits, self.clip, self.max_group)
 
     @property
     def aux_names(self) -> tuple[str, ...]:
@@ -103,7 +127,7 @@ class ContributionCodec:
         metrics: Mapping[str, MetricSum],
         rng: np.random.Generator,
     ) -> Contribution:
-        """Clip the update `[d]` to `clip_norm`, weight it, quantize it.
+        """Clip the update `[d]` to `clip_norm`, weight it, rotate it, quantize it.
 
         Raises `NumericFailure` for non-finite or absurd values, `ShapeMismatch` for a wrong length or a
         missing metric: such a contribution never leaves the device.
@@ -126,30 +150,24 @@ class ContributionCodec:
         values = [weight, 1.0, float(length > self.clip_norm)]
         for name in self.metrics:
             values += [metrics[name].sum, metrics[name].count]
-        main = self.fixed_point.encode(update * np.float32(factor), rng)
-        return Contribution(main, _encode_aux(np.array(values, np.float64), rng))
+        weighted = update * np.float32(factor)
+        if self.rotation_seed is not None:
+            weighted = rotate(weighted, self.rotation_seed)
+        main = self.fixed_point.encode(weighted, rng)
+        return Contribution(main, _encode_aux(np.array(values, np.float64), rng), self.bits)
 
     def empty(self) -> Contribution:
         """The sum of no contributions."""
-        return Contribution(
-            self.fixed_point.empty_sum(self.dimension), np.zeros(len(self.aux_names), np.uint64)
-        )
+        main = self.fixed_point.empty_sum(self.dimension)
+        return Contribution(main, np.zeros(len(self.aux_names), np.uint64), self.bits)
 
     def check(self, contribution: Contribution) -> None:
         """Raise `ShapeMismatch` or `NumericFailure` for a contribution that no honest device makes.
 
         Only possible in plain mode, where the server sees one device's contribution.
         """
-        empty = self.empty()
-        if (
-            contribution.main.shape != empty.main.shape
-            or contribution.main.dtype != empty.main.dtype
-        ):
-            raise ShapeMismatch(
-                "update has the wrong length", expected=self.dimension, got=contribution.main.size
-            )
-        self._check_aux_shape(contribution)
-        values = dict(zip(self.aux_names, _decode_aux(contribution.aux), strict=True))
+        self._check_layout(contribution)
+        values = self._aux_values(contribution)
         lightest = self.weight(0)
         if (
             not lightest <= values["weight"] <= 1.0
@@ -168,30 +186,51 @@ class ContributionCodec:
 
         Raises `ShapeMismatch`, and then `total` is as it was.
         """
-        self._check_aux_shape(contribution)
+        self._check_layout(contribution)
         self.fixed_point.add(total.main, contribution.main)
         np.add(total.aux, contribution.aux, out=total.aux)
 
-    def _check_aux_shape(self, contribution: Contribution) -> None:
-        expected = (len(self.aux_names),)
-        if contribution.aux.shape != expected or contribution.aux.dtype != np.uint64:
+    def _check_layout(self, contribution: Contribution) -> None:
+        main, aux = contribution.main, contribution.aux
+        words = (self.fixed_point.word, (self.dimension,), self.bits)
+        if (main.dtype, main.shape, contribution.bits) != words:
             raise ShapeMismatch(
-                "wrong number of metrics", expected=expected[0], got=contribution.aux.size
+                "update has the wrong length or encoding",
+                expected=f"{self.bits} bits [{self.dimension}]",
+                got=f"{contribution.bits} bits {list(main.shape)}",
+            )
+        if aux.dtype != np.uint64 or aux.shape != (len(self.aux_names),):
+            raise ShapeMismatch(
+                "wrong number of metrics", expected=len(self.aux_names), got=aux.size
             )
 
-    def decode(self, total: Contribution) -> Aggregate:
-        """Read a sum. Raises `NumericFailure` when it holds no weight."""
-        values = dict(zip(self.aux_names, _decode_aux(total.aux), strict=True))
+    def _aux_values(self, *contributions: Contribution) -> dict[str, float]:
+        # One sum fits 64 bits, several need not: they are added as Python's integers.
+        signed = [contribution.aux.astype(np.int64).tolist() for contribution in contributions]
+        sums = [sum(column) / AUX_SCALE for column in zip(*signed, strict=True)]
+        return dict(zip(self.aux_names, sums, strict=True))
+
+    def decode(self, *totals: Contribution) -> Aggregate:
+        """Read the sums of one round together, each of at most `max_group` contributions.
+
+        Raises `NumericFailure` when they hold no weight, `ShapeMismatch` when one is not of this encoding.
+        """
+        for total in totals:
+            self._check_layout(total)
+        values = self._aux_values(self.empty(), *totals)  # empty, so that no sums are no weight
         if values["weight"] <= 0.0 or values["clients"] < 1.0:
             raise NumericFailure(
                 "the sum holds no weight", weight=values["weight"], clients=values["clients"]
             )
-        mean = self.fixed_point.decode(total.main) / np.float32(values["weight"])
+        mean = self.fixed_point.decode(*(total.main for total in totals))
+        mean /= np.float32(values["weight"])
+        if self.rotation_seed is not None:
+            mean = rotate_back(mean, self.rotation_seed)
         return Aggregate(
             num_clients=round(values["clients"]),
             weight=values["weight"],
             clipped_share=values["clipped"] / values["clients"],
-            mean_update=mean.astype(np.float32),
+            mean_update=mean,
             metrics={m: MetricSum(values[f"{m}.sum"], values[f"{m}.count"]) for m in self.metrics},
         )
 
@@ -202,7 +241,3 @@ def _encode_aux(values: npt.NDArray[np.float64], rng: np.random.Generator) -> Au
     if not np.isfinite(values).all() or (np.abs(values) > AUX_LIMIT).any():
         raise NumericFailure("a metric is not finite or out of range", limit=AUX_LIMIT)
     return np.floor(values * AUX_SCALE + rng.random(values.size)).astype(np.int64).astype(np.uint64)
-
-
-def _decode_aux(aux: Aux) -> list[float]:
-    return [float(value) / AUX_SCALE for value in aux.astype(np.int64)]

@@ -1,13 +1,14 @@
 """Fixed point: floats as integers modulo 2^bits, so that a sum is exact and has no order.
 
 Devices multiply by `scale`, round stochastically (unbiased) and take the two's complement. The server
-adds machine words and lets them wrap; the sum decodes exactly because the scale is chosen so that even
-`max_group` contributions at the clip bound cannot leave the signed range:
+adds machine words and lets them wrap; only the low `bits` of a sum mean anything. It decodes exactly because the
+scale is chosen so that even `max_group` contributions at the clip bound cannot leave the signed range:
 
     max_group * (scale * clip + 1) < 2^(bits - 1)
 
-Clip bound, scale and modulus are therefore one record and cannot disagree. Source: Bonawitz et al. 2019,
-"Federated learning with autotuned communication-efficient secure aggregation", section 3.
+Larger sums are several of these, decoded together. Clip bound, scale and modulus are therefore one record and
+cannot disagree. Source: Bonawitz et al. 2019, "Federated learning with autotuned communication-efficient secure
+aggregation", section 3.
 """
 
 from __future__ import annotations
@@ -19,27 +20,23 @@ import numpy as np
 import numpy.typing as npt
 
 from homespun.errors import InvalidConfig, NumericFailure, ShapeMismatch
+from homespun.tensors.packing import Words, word
 from homespun.types import FloatArray
-
-Words = npt.NDArray[Any]
-"""Unsigned machine words: uint16 or uint32 `[dimension]`."""
 
 _SEGMENT = 1 << 18  # entries at a time, so that a large model needs no float64 copy of itself
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """`bits`: word size (16 or 32); `clip`: largest absolute entry; `max_group`: most contributions in one sum."""
+    """`bits`: of a word (8 to 32); `clip`: largest absolute entry; `max_group`: most contributions in one sum."""
 
     bits: int
     clip: float
     max_group: int
 
     def __post_init__(self) -> None:
-        if self.bits not in (16, 32):
-            raise InvalidConfig(
-                "fixed point needs 16 or 32 bits", expected="16 or 32", got=self.bits
-            )
+        if self.bits not in range(8, 33):
+            raise InvalidConfig("fixed point needs 8 to 32 bits", expected="8..32", got=self.bits)
         if not (
             self.clip > 0
             and np.isfinite(self.clip)
@@ -48,7 +45,7 @@ class FixedPoint:
         ):
             raise InvalidConfig(
                 "this clip bound and group size leave no room in the word",
-                hint="use 32 bits or smaller groups",
+                hint="use more bits or smaller groups",
                 bits=self.bits,
                 clip=self.clip,
                 max_group=self.max_group,
@@ -56,7 +53,7 @@ class FixedPoint:
 
     @property
     def word(self) -> np.dtype[Any]:
-        return np.dtype(f"<u{self.bits // 8}")
+        return word(self.bits)
 
     @property
     def largest(self) -> int:
@@ -69,7 +66,7 @@ class FixedPoint:
         return float((self.largest - 1) / self.clip)
 
     def encode(self, values: FloatArray, rng: np.random.Generator) -> Words:
-        """Device half: float32 `[d]` to words `[d]`; unbiased, `E[decode(encode(x))] = x` inside the clip.
+        """Device half: float32 `[d]` to words `[d]` below 2^bits; unbiased, `E[decode(encode(x))] = x` inside the clip.
 
         Raises `NumericFailure` for a NaN or an infinity: such a contribution never leaves the device.
         """
@@ -83,14 +80,14 @@ class FixedPoint:
             steps = np.floor(
                 np.clip(part, -self.clip, self.clip) * self.scale + rng.random(part.size)
             )
-            words[start : start + _SEGMENT] = steps.astype(np.int64).astype(self.word)
+            words[start : start + _SEGMENT] = steps.astype(np.int64) & (2**self.bits - 1)
         return words
 
     def empty_sum(self, size: int) -> Words:
         return np.zeros(size, self.word)
 
     def add(self, total: Words, words: Words) -> None:
-        """Server half: `total += words` modulo 2^bits, in place."""
+        """Server half: `total += words` modulo the machine word, in place."""
         if words.shape != total.shape or words.dtype != total.dtype:
             raise ShapeMismatch(
                 "contribution and sum differ in shape",
@@ -104,9 +101,9 @@ class FixedPoint:
 
         That is: an entry that could make the sum wrap, or an L2 norm above `norm` (plain mode only).
         """
-        signed, square = words.view(f"<i{self.bits // 8}"), 0.0
+        square = 0.0
         for start in range(0, words.size, _SEGMENT):
-            part = signed[start : start + _SEGMENT].astype(np.float64)
+            part = self._signed(words[start : start + _SEGMENT]).astype(np.float64)
             if np.abs(part).max() > self.largest:
                 raise NumericFailure("an entry exceeds the clip bound", clip=self.clip)
             square += float(part @ part)
@@ -119,10 +116,19 @@ class FixedPoint:
                 got=square**0.5 / self.scale,
             )
 
-    def decode(self, total: Words) -> FloatArray:
-        """Server half: the sum of all encoded values, float32 `[d]`."""
-        decoded = np.empty(total.shape, np.float32)
-        signed = total.view(f"<i{self.bits // 8}")
-        for start in range(0, total.size, _SEGMENT):
-            decoded[start : start + _SEGMENT] = signed[start : start + _SEGMENT] / self.scale
+    def decode(self, *totals: Words) -> FloatArray:
+        """Server half: the sum of all values in `totals`, each of at most `max_group`, words `[d]`; float32 `[d]`.
+
+        At least one total. Exact up to the last division: they are added as 64-bit integers.
+        """
+        decoded = np.empty(totals[0].shape, np.float32)
+        for start in range(0, decoded.size, _SEGMENT):
+            stop = start + _SEGMENT
+            steps = np.sum([self._signed(total[start:stop]) for total in totals], 0, np.int64)
+            decoded[start:stop] = steps / self.scale
         return decoded
+
+    def _signed(self, words: Words) -> npt.NDArray[Any]:
+        """Words modulo 2^bits as the signed integers of least size; what lies above `bits` is dropped."""
+        unused = 8 * words.itemsize - self.bits
+        return (words << unused).view(f"<i{words.itemsize}") >> unused
