@@ -12,7 +12,7 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from homespun.errors import Conflict, NotAuthentic, NotFound, StorageFailure
-from homespun.protocol.messages import Criteria, ReleaseManifest, SignedRelease, TaskKind
+from homespun.protocol.messages import Aggregation, Criteria, ReleaseManifest, SignedRelease, TaskKind
 from homespun.protocol.release import ReleaseEvent
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
@@ -60,6 +60,8 @@ def spec(**fields):
             "checkpoints": (FIRST,),
             "goal": 3,
             "minimum": 3,
+            "min_group": 3,
+            "aggregation": Aggregation.PLAIN,
             "over_selection": 1.0,
             "selection_s": 10.0,
             "deadline_s": 100.0,

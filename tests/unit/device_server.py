@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os import urandom
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from homespun.device.identity import Identity
 from homespun.device.runtime import Runtime
 from homespun.device.stopping import Stop
 from homespun.errors import HomespunError, NotAuthentic, NotFound, ReportConflict
+from homespun.learning.contribution import ContributionCodec
+from homespun.learning.metrics import paired_names
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.protocol import messages
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.frame import frame_size
+from homespun.protocol.frame import decode_masked_input, frame_size
 from homespun.protocol.messages import (
     Abort,
     Aggregation,
@@ -43,6 +46,7 @@ from homespun.protocol.messages import (
     Encoding,
     Enroll,
     Enrolled,
+    GroupReply,
     Offer,
     Receipt,
     Rejected,
@@ -50,8 +54,11 @@ from homespun.protocol.messages import (
     ReleaseNotice,
     ReportState,
     RetryWindow,
+    Settled,
     SignedRelease,
     TaskKind,
+    Waiting,
+    checkpoints_hash,
 )
 from homespun.protocol.problem import encode_problem
 from homespun.protocol.session import SessionState
@@ -63,11 +70,27 @@ from homespun.protocol.signing import (
     device_id,
     verify_request,
 )
+from homespun.secagg import device as secagg
+from homespun.secagg.messages import (
+    AdvertiseKeys,
+    Agree,
+    AgreeRequest,
+    MaskedInput,
+    MaskInputRequest,
+    ShareKeys,
+    ShareKeysRequest,
+    Terms,
+    Unmask,
+    UnmaskRequest,
+)
+from homespun.secagg.server import Group, Step, Sums
 from homespun.tensors.codec import digest, encode_tree
+from homespun.tensors.packing import word
 
 POPULATION = "tests"
 TOKEN = "let me in"
 RETRY = RetryWindow(earliest_s=10.0, latest_s=20.0)
+WAITING = Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=0.0))
 PUBLISHER = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(32))
 DIGITS = zoo.load("digits").sign(PUBLISHER)
@@ -87,7 +110,9 @@ class Broken(httpx.SyncByteStream):
 
 @dataclass
 class FakeServer(httpx.BaseTransport):
-    """`failure`, if set, is asked with every request and may raise; `break_after` cuts the next blob."""
+    """`failure`, if set, is asked with every request and may raise, `after` when its answer is made; `break_after`
+    cuts the next blob; `group` is that of every secure assignment, `lie` may change what it asks.
+    """
 
     clock: ManualClock
     keys: dict[str, bytes] = field(default_factory=dict)
@@ -101,7 +126,10 @@ class FakeServer(httpx.BaseTransport):
     releases: dict[str, tuple[int, SignedRelease]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     failure: Callable[[httpx.Request], None] | None = None
+    after: Callable[[httpx.Request], None] | None = None
     break_after: int | None = None
+    group: PlayedGroup | None = None
+    lie: Callable[[GroupReply], GroupReply] | None = None
     skew_s: float = 0.0
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -111,7 +139,10 @@ class FakeServer(httpx.BaseTransport):
                 self.failure(request)
             body = request.read()
             self._authenticate(request, body)
-            return self._route(request, body)
+            response = self._route(request, body)
+            if self.after is not None:
+                self.after(request)
+            return response
         except HomespunError as error:
             return httpx.Response(error.http_status, content=encode_problem(error))
 
@@ -152,6 +183,9 @@ class FakeServer(httpx.BaseTransport):
             case ["assignments", name, "abort"]:
                 self.aborted.append(messages.decode(body, Abort).assignment_id)
                 return self._answer(Receipt(assignment_id=name, state=ReportState.VOID))
+            case ["assignments", name, "group", *step]:
+                key = self.keys[request.headers[DEVICE_HEADER]]
+                return self._answer(self._group(name, key, body, *step))
             case ["assignments", name]:
                 if name not in self.states:
                     raise NotFound("no such assignment")
@@ -200,6 +234,16 @@ class FakeServer(httpx.BaseTransport):
         receipt = Receipt(assignment_id=name, state=ReportState.ACKNOWLEDGED, digest=digest(body))
         return self.states.setdefault(name, receipt)
 
+    def _group(self, name: str, key: bytes, body: bytes, step: str = "") -> GroupReply:
+        assert self.group is not None
+        if step == "advertise-keys" or (step and self.group.knows(key)):
+            self.group.answer(key, step, body)  # else it was meant for another group
+        reply = self.group.asks(key)
+        if reply is None:
+            receipt = Receipt(assignment_id=name, state=ReportState.ACKNOWLEDGED)
+            reply = Settled(receipt=self.states.setdefault(name, receipt))
+        return self.lie(reply) if self.lie else reply
+
     # --- what the operator does ---------------------------------------------------------------------------
 
     def put(self, data: bytes) -> str:
@@ -217,6 +261,8 @@ class FakeServer(httpx.BaseTransport):
         criteria: Criteria | None = None,
         encoding: Encoding | None = None,
         deadline_s: float = 600.0,
+        aggregation: Aggregation = Aggregation.PLAIN,
+        min_group: int = 3,
     ) -> Offer:
         """Offer one round, in place of any other, with an assignment for whoever claims it."""
         packed = plan or DIGITS.to_bytes()
@@ -230,8 +276,8 @@ class FakeServer(httpx.BaseTransport):
             attempt=attempt,
             plan_hash=self.put(packed),
             criteria=criteria or Criteria(min_examples=3),
-            aggregation=Aggregation.PLAIN,
-            min_group=3,
+            aggregation=aggregation,
+            min_group=min_group,
             download_bytes=len(packed),
             upload_bytes=frame_size(32, 7, manifest.num_parameters),
         )
@@ -249,12 +295,68 @@ class FakeServer(httpx.BaseTransport):
                 clip_norm=manifest.clip_norm if train else 1.0,
                 max_weight=manifest.max_weight,
                 max_group=10,
+                bits=32,
             ),
-            aggregation=Aggregation.PLAIN,
+            aggregation=aggregation,
             seed=7,
             deadline_s=deadline_s,
         )
         return offer
+
+    def open_secure_round(
+        self,
+        number: int = 1,
+        *,
+        kind: TaskKind = TaskKind.TRAIN,
+        num_real: int = 1,
+        num_played: int = 3,
+        min_group: int = 3,
+        deadline_s: float = 600.0,
+    ) -> Terms:
+        """Offer a round whose devices form one group: so many real ones, the others are played."""
+        train, manifest = kind is TaskKind.TRAIN, DIGITS.manifest
+        metrics = ("loss", *manifest.metrics)
+        codec = ContributionCodec(
+            dimension=manifest.num_parameters if train else 0,
+            clip_norm=manifest.clip_norm if train else 1.0,
+            max_weight=manifest.max_weight if train else 0,
+            metrics=metrics if train else paired_names(metrics, 2),
+            max_group=12,
+            bits=14,
+            rotation_seed=5 if train else None,
+        )
+        worse = {name: np.zeros_like(array) for name, array in INITIAL.items()}
+        offer = self.open_round(
+            number,
+            kind=kind,
+            checkpoints=[encode_tree(tree) for tree in ((INITIAL,) if train else (INITIAL, worse))],
+            encoding=Encoding(
+                bits=codec.bits,
+                clip_norm=codec.clip_norm,
+                max_weight=codec.max_weight,
+                max_group=codec.max_group,
+                rotation_seed=codec.rotation_seed,
+            ),
+            deadline_s=deadline_s,
+            aggregation=Aggregation.SECURE,
+            min_group=min_group,
+        )
+        terms = Terms(
+            task=offer.task_name,
+            round_number=number,
+            attempt=1,
+            checkpoint_hash=checkpoints_hash(self.assignments[f"{kind}-{number}-1"].checkpoints),
+            plan_hash=offer.plan_hash,
+            bits=codec.bits,
+            dimension=codec.dimension,
+            num_aux=len(codec.aux_names),
+            schema=codec.schema,
+            clip=codec.clip,
+            n_min=min_group,
+            n_max=codec.max_group,
+        )
+        self.group = PlayedGroup(terms, num_real, num_played)
+        return terms
 
     def release(
         self,
@@ -287,6 +389,116 @@ class FakeServer(httpx.BaseTransport):
         return signed
 
 
+class Player:
+    """A device without a process: it follows the protocol with vectors of its own."""
+
+    def __init__(self, number: int, terms: Terms) -> None:
+        self.identity = Identity(bytes([number]) * 32)
+        draw = np.random.default_rng(number)
+        self.main = draw.integers(0, 2**terms.bits, terms.dimension).astype(word(terms.bits))
+        self.aux = draw.integers(0, 2**40, terms.num_aux).astype("<u8")
+        self._state: secagg.DeviceState | None = None
+
+    def join(self, terms: Terms) -> AdvertiseKeys:
+        names = ("task", "round_number", "attempt", "plan_hash", "bits", "dimension", "num_aux")
+        same = {name: getattr(terms, name) for name in (*names, "schema", "clip", "n_max")}
+        work = secagg.Work(**same, ancestry=(terms.checkpoint_hash,))
+        demands = secagg.Demands(smallest_group=3)
+        me = self.identity
+        self._state, keys = secagg.advertise_keys(terms, work, demands, me.public_key, me, urandom)
+        return keys
+
+    def answer(self, asked: Any) -> Any:
+        state, me = self._state, self.identity
+        answer: Any
+        assert state is not None
+        match asked:
+            case ShareKeysRequest():
+                self._state, answer = secagg.share_keys(state, asked, urandom)
+            case MaskInputRequest():
+                self._state, answer = secagg.mask_input(state, asked, self.main, self.aux, me)
+            case AgreeRequest():
+                self._state, answer = secagg.agree(state, asked, me)
+            case UnmaskRequest():
+                self._state, answer = secagg.unmask(state, asked)
+        return answer
+
+
+class PlayedGroup:
+    """A real group. The players answer a step when all real devices did, and then it is closed.
+
+    `received`: (step, body) of the real devices, repetitions too; `sums`: what was opened.
+    """
+
+    def __init__(self, terms: Terms, num_real: int, num_played: int) -> None:
+        self.terms, self.group = terms, Group(terms)
+        self.players = [Player(100 + number, terms) for number in range(num_played)]
+        self.received: list[tuple[str, bytes]] = []
+        self.sums: Sums | None = None
+        self._num_real = num_real
+
+    def knows(self, key: bytes) -> bool:
+        return key in [keys.identity for keys in self.group.state.roster]
+
+    def asks(self, key: bytes) -> GroupReply | None:
+        """What the group asks of a device now; None: nothing more."""
+        state = self.group.state
+        if self.sums is not None:
+            return None
+        if state.step is Step.ADVERTISE_KEYS:
+            return WAITING if self.knows(key) else self.terms
+        index = self.group.index_of(key)
+        return WAITING if index in self._answers() else self._request(index)
+
+    def answer(self, key: bytes, step: str, body: bytes) -> None:
+        self.received.append((step, body))
+        terms = self.terms
+        match step:
+            case "advertise-keys":
+                self.group.advertise_keys(messages.decode(body, AdvertiseKeys))
+            case "mask-input":
+                size = (terms.bits, terms.num_aux, terms.dimension)
+                self._take(key, step, decode_masked_input(body, *size))
+            case _:
+                kind = {"share-keys": ShareKeys, "agree": Agree, "unmask": Unmask}[step]
+                self._take(key, step, messages.decode(body, kind))
+        if len(self._answers()) == self._num_real and self.sums is None:
+            self._play()
+
+    def _take(
+        self, key: bytes, step: str, answer: ShareKeys | MaskedInput | Agree | Unmask
+    ) -> None:
+        getattr(self.group, step.replace("-", "_"))(self.group.index_of(key), answer)
+
+    def _answers(self) -> Any:
+        state = self.group.state
+        found = (state.roster, state.shared, state.masked, state.agreed, state.unmasked)
+        return found[list(Step).index(state.step)]
+
+    def _request(self, index: int) -> GroupReply:
+        match self.group.state.step:
+            case Step.SHARE_KEYS:
+                return self.group.share_keys_request(index)
+            case Step.MASK_INPUT:
+                return self.group.mask_input_request(index)
+            case Step.AGREE:
+                return self.group.agree_request()
+        return self.group.unmask_request(index)
+
+    def _play(self) -> None:
+        step = self.group.state.step
+        for player in self.players:
+            if step is Step.ADVERTISE_KEYS:
+                self.group.advertise_keys(player.join(self.terms))
+            else:
+                index = self.group.index_of(player.identity.public_key)
+                getattr(self.group, step)(index, player.answer(self._request(index)))
+        if step is Step.UNMASK:
+            self.sums = self.group.open_sum()
+        else:
+            getattr(self.group, f"close_{step}")()
+
+
 def images(count: int) -> list[dict[str, Any]]:
     """Distinct labelled digits, each with a stripe where its label says."""
     draw = np.random.default_rng(0)
@@ -302,19 +514,26 @@ def images(count: int) -> list[dict[str, Any]]:
 class Device:
     """A device over a directory, whose process can be killed and started again."""
 
-    def __init__(self, root: Path, server: FakeServer, num_examples: int = 60) -> None:
+    def __init__(
+        self,
+        root: Path,
+        server: FakeServer,
+        num_examples: int = 60,
+        seed: int = 1,
+        policy: Policy | None = None,
+    ) -> None:
         self.home, self.server, self.clock = Home(root), server, server.clock
         self.conditions: ConditionSource = ScriptedConditions((), self.clock.now())
         self.stop = Stop()
-        identity = Identity.load_or_create(self.home.identity_file, seed=1)
+        identity = Identity.load_or_create(self.home.identity_file, seed)
         enrolled = self._connection(identity).enroll(POPULATION, TOKEN)
         self.settings = Settings(
             server="http://server",
             population=POPULATION,
             device_id=enrolled.device_id,
             publisher_keys=enrolled.publisher_keys,
-            seed=1,
-            policy=Policy(allow_plain=True),
+            seed=seed,
+            policy=policy or Policy(allow_plain=True, min_group=3),
             conditions=(Span(),),
             transient_error=RetryWindow(earliest_s=30.0, latest_s=40.0),
         )

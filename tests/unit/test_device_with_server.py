@@ -25,7 +25,7 @@ from homespun.device.runtime import Runtime
 from homespun.device.status import Status, read_status
 from homespun.plan.initial import initial_checkpoint
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.messages import RetryWindow, TaskKind
+from homespun.protocol.messages import Aggregation, RetryWindow, TaskKind
 from homespun.protocol.tasks import TaskSpec
 from homespun.tensors.codec import encode_tree
 from tests.unit.device_server import images
@@ -70,7 +70,7 @@ class Fleet:
             wanted = Settings(
                 server=client.url,
                 population="tests",
-                policy=Policy(allow_plain=True),
+                policy=Policy(allow_plain=True, min_group=3),
                 conditions=(Span(),),
                 transient_error=RETRY,
                 poll_s=0.0,
@@ -106,7 +106,10 @@ class Fleet:
         return found
 
 
-def test_whole_sessions_with_the_real_server(tmp_path: Path, client: OperatorClient):
+@pytest.mark.parametrize("aggregation", Aggregation)
+def test_whole_sessions_with_the_real_server(
+    aggregation: Aggregation, tmp_path: Path, client: OperatorClient
+):
     fleet = Fleet(tmp_path, client)
     plan_hash = client.push_plan(zoo.load("digits").to_bytes()).hash
     manifest = zoo.load("digits").manifest
@@ -127,6 +130,8 @@ def test_whole_sessions_with_the_real_server(tmp_path: Path, client: OperatorCli
             selection_s=20.0,
             deadline_s=20.0,
             retry=RETRY,
+            aggregation=aggregation,
+            min_group=3,
         )
 
     train = client.create_task(spec("train", TaskKind.TRAIN, (initial,), 3)).task_id

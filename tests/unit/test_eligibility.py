@@ -29,7 +29,7 @@ OFFER = Offer(
     upload_bytes=400,
 )
 GOOD = dict.fromkeys(CONDITIONS, True)
-POLICY = Policy(max_daily_participations=2, max_daily_bytes=5000)
+POLICY = Policy(min_group=3, max_daily_participations=2, max_daily_bytes=5000)
 FACTS = Facts(
     device_id="d1", num_examples=10, last_round=None, daily_participations=1, daily_bytes=4000
 )
@@ -75,6 +75,7 @@ def test_plain_aggregation_needs_the_devices_leave():
 
 
 def test_small_groups():
+    assert codes(policy=Policy()) == ["small_group"]
     assert codes(replace(OFFER, min_group=2)) == ["small_group"]
     assert codes(policy=replace(POLICY, min_group=4)) == ["small_group"]
     assert codes(replace(OFFER, min_group=4), policy=replace(POLICY, min_group=4)) == []

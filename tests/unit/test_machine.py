@@ -1,4 +1,4 @@
-"""State machines as tables: every row of the session, the round and the release is walked."""
+"""State machines as tables: every row of the session, the round, the group and the release is walked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from enum import StrEnum
 import pytest
 
 from homespun.errors import Conflict
+from homespun.protocol.group import GROUP, GroupEvent, GroupState
 from homespun.protocol.machine import Machine, Row
 from homespun.protocol.release import RELEASE, ReleaseEvent, ReleaseState
 from homespun.protocol.round import ROUND, RoundEvent, RoundState
@@ -15,11 +16,13 @@ from homespun.protocol.session import SESSION, SessionEvent, SessionState
 MACHINES = (
     (SESSION, SessionState, SessionEvent),
     (ROUND, RoundState, RoundEvent),
+    (GROUP, GroupState, GroupEvent),
     (RELEASE, ReleaseState, ReleaseEvent),
 )
 TERMINAL = {
     "session": set(),  # a device always comes back to WAITING
     "round": {"scrubbed", "abandoned", "cancelled"},
+    "group": {"opened", "void"},
     "release": {"rejected", "superseded", "rolled_back", "held"},
 }
 EACH = pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from homespun.protocol.messages import (
     ReleaseNotice,
     ReportState,
     RetryWindow,
+    Settled,
     SignedRelease,
     TaskKind,
     Waiting,
@@ -74,6 +75,7 @@ EXAMPLES = (
     Rejected(reason="not_drawn", retry=RETRY),
     Receipt(assignment_id="a1", state=ReportState.INCLUDED, digest=HASH, checkpoint=HASH),
     Abort(assignment_id="a1"),
+    Settled(receipt=Receipt(assignment_id="a1", state=ReportState.LATE)),
     ReleaseManifest(
         population="phones",
         slot="keyboard",
@@ -221,8 +223,8 @@ def test_tokens_and_keys_have_a_largest_size():
             decode(json.dumps(data).encode(), Enroll)
 
 
-@pytest.mark.parametrize("bits", [0, 8, 64, "32", 32.5, True])
-def test_an_encoding_has_16_or_32_bits(bits):
+@pytest.mark.parametrize("bits", [0, 7, 33, "32", 32.5, True])
+def test_an_encoding_has_8_to_32_bits(bits):
     data = {"bits": bits, "clip_norm": 1.0, "max_weight": 0, "max_group": 3}
     with pytest.raises(BadFrame, match="bits"):
         decode(json.dumps(data).encode(), Encoding)

@@ -76,7 +76,6 @@ def test_a_running_round(num_reported, num_open, now, event):
     [
         (R.PLANNED, E.OPEN),
         (R.CLOSING, E.AGGREGATE),
-        (R.UNMASKING, None),  # waits for the devices' shares, not for the clock
         (R.AGGREGATED, E.COMMIT),
         (R.COMMITTED, E.SCRUB),
         (R.SCRUBBED, None),
@@ -87,6 +86,51 @@ def test_a_running_round(num_reported, num_open, now, event):
 def test_the_other_states_do_not_look_at_the_clock(state, event):
     for now in (0.0, 150.0, 1e12):
         assert due(replace(VIEW, state=state), now) is event
+
+
+SECURE = replace(VIEW, secure=True)
+
+
+@pytest.mark.parametrize(
+    ("num_collecting", "num_reported", "num_open", "now", "event"),
+    [
+        (1, 0, 0, 0.0, None),  # a group's reports are on the way
+        (1, 4, 0, 1e12, None),  # its steps have deadlines of their own
+        (0, 4, 2, 0.0, E.CLOSE),
+        (0, 3, 2, 0.0, None),  # another group may form
+        (0, 3, 0, 0.0, E.CLOSE),
+        (0, 3, 2, 200.0, E.CLOSE),
+        (0, 2, 2, 200.0, E.ABANDON),
+        (0, 0, 0, 0.0, E.ABANDON),
+    ],
+)
+def test_a_running_round_with_groups(num_collecting, num_reported, num_open, now, event):
+    view = replace(
+        SECURE,
+        state=R.RUNNING,
+        num_collecting=num_collecting,
+        num_reported=num_reported,
+        num_open=num_open,
+    )
+    assert due(view, now) is event
+
+
+@pytest.mark.parametrize(
+    ("num_unopened", "num_reported", "event"),
+    [(1, 4, None), (0, 4, E.AGGREGATE), (0, 3, E.AGGREGATE), (0, 2, E.ABANDON), (0, 0, E.ABANDON)],
+)
+def test_an_unmasking_round_waits_for_its_groups_not_for_the_clock(
+    num_unopened, num_reported, event
+):
+    view = replace(
+        SECURE, state=R.UNMASKING, num_unopened=num_unopened, num_reported=num_reported
+    )
+    for now in (0.0, 1e12):
+        assert due(view, now) is event
+
+
+def test_a_secure_round_unmasks_before_it_aggregates():
+    assert due(replace(SECURE, state=R.CLOSING), 0.0) is E.UNMASK
 
 
 def test_a_whole_round():

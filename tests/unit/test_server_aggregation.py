@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from homespun.errors import NumericFailure
 from homespun.learning.metrics import MetricSum
-from homespun.protocol.frame import frame_parts, frame_size
-from homespun.protocol.messages import Criteria, TaskKind
+from homespun.protocol.frame import frame_parts, frame_size, masked_frame_size
+from homespun.protocol.messages import Aggregation, Criteria, TaskKind
 from homespun.protocol.round import RoundState, RoundView
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import TaskState
@@ -19,6 +20,7 @@ from homespun.server.aggregation import (
     chain,
     contribution_codec,
     encoding,
+    group_terms,
     report_size,
     round_scope,
 )
@@ -38,6 +40,7 @@ def spec(kind: TaskKind, **fields: object) -> TaskSpec:
         "checkpoints": ("1" * 64,) if kind is TaskKind.TRAIN else ("1" * 64, "2" * 64),
         "goal": 10,
         "minimum": 3,
+        "min_group": 3,
         "criteria": Criteria(),
         **fields,
     }
@@ -45,17 +48,38 @@ def spec(kind: TaskKind, **fields: object) -> TaskSpec:
 
 
 def test_training_is_encoded_as_the_plan_says():
-    how = encoding(spec(TaskKind.TRAIN, bits=16), MANIFEST)
-    assert (how.bits, how.clip_norm, how.max_weight, how.max_group) == (16, 2.0, 50, 13)
-    codec = contribution_codec(spec(TaskKind.TRAIN), MANIFEST)
-    assert (codec.dimension, codec.metrics) == (10, ("loss", "accuracy"))
-    assert report_size(codec) == frame_size(32, 7, 10)
+    how = encoding(spec(TaskKind.TRAIN), MANIFEST, 1)
+    assert (how.bits, how.clip_norm, how.max_weight, how.max_group) == (16, 2.0, 50, 10)
+    task = spec(TaskKind.TRAIN, bits=12)
+    codec = contribution_codec(task, MANIFEST, 1)
+    assert (codec.dimension, codec.bits, codec.metrics) == (10, 12, ("loss", "accuracy"))
+    assert report_size(task, codec) == masked_frame_size(12, 7, 10)
+    plain = spec(TaskKind.TRAIN, aggregation=Aggregation.PLAIN)
+    assert encoding(plain, MANIFEST, 1).max_group == 13
+    assert report_size(plain, contribution_codec(plain, MANIFEST, 1)) == frame_size(16, 7, 10)
+
+
+def test_every_round_attempt_is_rotated_in_its_own_way():
+    seeds = {encoding(spec(TaskKind.TRAIN), MANIFEST, seed).rotation_seed for seed in range(5)}
+    assert len(seeds) == 5
+    assert encoding(spec(TaskKind.TRAIN, rotate=False), MANIFEST, 1).rotation_seed is None
+
+
+def test_a_group_is_told_what_the_task_says():
+    task = record(0, ()).task
+    codec = contribution_codec(task.spec, MANIFEST, 1)
+    terms = group_terms(task, "1" * 64, 4, 2, codec)
+    assert (terms.task, terms.round_number, terms.attempt) == ("t", 4, 2)
+    assert (terms.n_min, terms.n_max) == (3, 10)
+    assert (terms.bits, terms.dimension, terms.num_aux) == (16, 0, 17)
+    # Both checkpoints count: to compare with another incumbent is another computation.
+    assert terms.checkpoint_hash == hashlib.sha256(b"1" * 64 + b"\n" + b"2" * 64).hexdigest()
 
 
 def test_evaluation_is_metrics_only_and_weighs_every_device_alike():
-    how = encoding(spec(TaskKind.EVALUATE), MANIFEST)
-    assert (how.clip_norm, how.max_weight) == (1.0, 0)
-    codec = contribution_codec(spec(TaskKind.EVALUATE), MANIFEST)
+    how = encoding(spec(TaskKind.EVALUATE), MANIFEST, 1)
+    assert (how.clip_norm, how.max_weight, how.rotation_seed) == (1.0, 0, None)
+    codec = contribution_codec(spec(TaskKind.EVALUATE), MANIFEST, 1)
     assert codec.dimension == 0
     assert codec.metrics[:4] == ("0.loss", "0.accuracy", "1.loss", "1.accuracy")
     assert codec.metrics[4:] == ("difference", "difference_squared", "wins")
@@ -66,7 +90,7 @@ def test_the_chain_depends_on_every_part():
     assert len(links) == 4
 
 
-def record(num_reported: int, snapshot: str | None) -> RoundRecord:
+def record(num_reported: int, sums: tuple[str, ...]) -> RoundRecord:
     task = TaskRecord(
         task_id="t1",
         spec=spec(TaskKind.EVALUATE),
@@ -91,7 +115,7 @@ def record(num_reported: int, snapshot: str | None) -> RoundRecord:
         num_open=0,
         num_reported=num_reported,
     )
-    return RoundRecord(5, task, 1, 1, "1" * 64, snapshot, None, view)
+    return RoundRecord(5, task, 1, 1, "1" * 64, sums, None, view)
 
 
 class Shelf:
@@ -108,16 +132,16 @@ def test_only_a_sum_over_exactly_those_who_reported(
     tmp_path: Path, in_sum: int, reported: int, works: bool
 ):
     private = LocalBlobs(tmp_path, 10_000)
-    codec = contribution_codec(spec(TaskKind.EVALUATE), MANIFEST)
-    total = codec.empty()
+    codec = contribution_codec(spec(TaskKind.EVALUATE), MANIFEST, 1)
+    totals = [codec.empty(), codec.empty()]  # of two groups
     metrics = {name: MetricSum(1.0, 2.0) for name in codec.metrics}
-    for _ in range(in_sum):
+    for index in range(in_sum):
         codec.add(
-            total,
+            totals[index % 2],
             codec.encode(np.zeros(0, np.float32), 1, metrics, np.random.default_rng(0)),
         )
-    snapshot = round_scope(private, 5).put(*frame_parts(total))
-    closing = record(reported, snapshot)
+    scope = round_scope(private, 5)
+    closing = record(reported, tuple(scope.put(*frame_parts(total)) for total in totals))
     if works:
         trained = aggregate(closing, Shelf(), private, private)  # type: ignore[arg-type]
         assert trained.checkpoint is None
@@ -129,5 +153,5 @@ def test_only_a_sum_over_exactly_those_who_reported(
 
 def test_no_sum_is_no_result(tmp_path: Path):
     blobs = LocalBlobs(tmp_path, 10_000)
-    with pytest.raises(NumericFailure, match="no sum"):
-        aggregate(record(0, None), Shelf(), blobs, blobs)  # type: ignore[arg-type]
+    with pytest.raises(NumericFailure, match="no weight"):
+        aggregate(record(0, ()), Shelf(), blobs, blobs)  # type: ignore[arg-type]

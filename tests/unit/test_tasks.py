@@ -10,6 +10,7 @@ import pytest
 from homespun.errors import InvalidConfig
 from homespun.protocol.messages import Aggregation, TaskKind
 from homespun.protocol.tasks import parse
+from homespun.secagg.graph import Adversary
 
 MINIMAL = {
     "name": "words",
@@ -17,15 +18,17 @@ MINIMAL = {
     "kind": "train",
     "plan_hash": "a" * 64,
     "checkpoints": ["b" * 64],
-    "goal": 10,
-    "minimum": 5,
+    "goal": 20,
+    "minimum": 10,
 }
 
 
 def test_the_least_that_a_task_says():
     task = parse(MINIMAL)
-    assert (task.kind, task.aggregation) == (TaskKind.TRAIN, Aggregation.PLAIN)
-    assert (task.cohort_size, task.pool_size) == (13, 0)  # 10 x 1.3; the window runs out
+    assert (task.kind, task.aggregation) == (TaskKind.TRAIN, Aggregation.SECURE)
+    assert (task.cohort_size, task.pool_size) == (26, 0)  # 20 x 1.3; the window runs out
+    assert (task.min_group, task.max_group) == (10, 20)
+    assert (task.bits, task.rotate) == (16, True)
     assert task.optimizer.name == "FedAvg"
 
 
@@ -36,11 +39,15 @@ def test_the_same_task_in_toml():
     kind = "train"
     plan_hash = "%s"
     checkpoints = ["%s"]
-    goal = 10
-    minimum = 5
+    goal = 20
+    minimum = 10
     over_selection = 1
     pool_target = 40
     selection_s = 30
+
+    [groups]
+    size = 15
+    adversary = "semi_honest"
 
     [criteria]
     requires = ["idle"]
@@ -51,7 +58,9 @@ def test_the_same_task_in_toml():
     settings = {learning_rate = 0.1}
     """
     task = parse(tomllib.loads(text % ("a" * 64, "b" * 64)))
-    assert (task.cohort_size, task.pool_size, task.selection_s) == (10, 40, 30.0)
+    assert (task.cohort_size, task.pool_size, task.selection_s) == (20, 40, 30.0)
+    assert (task.groups.size, task.max_group) == (15, 10)  # two groups, as even as can be
+    assert task.groups.adversary is Adversary.SEMI_HONEST
     assert task.criteria.requires == ("idle",)
     assert task.optimizer.settings == {"learning_rate": 0.1}
 
@@ -62,9 +71,18 @@ def test_a_task_survives_the_database():
 
 
 def test_a_pool_is_never_smaller_than_the_cohort():
-    assert parse({**MINIMAL, "pool_target": 1}).pool_size == 13
-    assert parse({**MINIMAL, "pool_target": 12}).pool_size == 13
-    assert parse({**MINIMAL, "pool_target": 14}).pool_size == 14
+    assert parse({**MINIMAL, "pool_target": 1}).pool_size == 26
+    assert parse({**MINIMAL, "pool_target": 25}).pool_size == 26
+    assert parse({**MINIMAL, "pool_target": 27}).pool_size == 27
+
+
+def test_a_sum_is_over_the_cohort_or_over_a_group():
+    plain = {**MINIMAL, "aggregation": "plain"}
+    assert parse(plain).max_group == 26
+    assert parse({**plain, "groups": {"size": 10}}).max_group == 26
+    many = {**MINIMAL, "goal": 205, "groups": {"size": 100}}
+    assert parse(many).max_group == 69  # three groups of 69, 69 and 67
+    assert parse({**MINIMAL, "goal": 12, "groups": {"size": 11}}).max_group == 10  # never below min_group
 
 
 @pytest.mark.parametrize(
@@ -89,7 +107,13 @@ def test_a_pool_is_never_smaller_than_the_cohort():
         ({"selection_s": float("nan")}, "selection_s"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"deadline_s": float("inf")}, "deadline_s"),
-        ({"bits": 8}, "bits"),
+        ({"bits": 7}, "bits"),
+        ({"bits": 33}, "bits"),
+        ({"min_group": 2}, "min_group"),
+        ({"groups": {"size": 2}}, "groups.size"),
+        ({"groups": {"step_s": 0}}, "groups.step_s"),
+        ({"groups": {"corrupt_fraction": 1.0}}, "groups.corrupt_fraction"),
+        ({"groups": {"adversary": "nobody"}}, "groups.adversary"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**53}, "seed"),
         ({"deadline": 5}, "unknown field `deadline`"),
@@ -106,20 +130,25 @@ def test_a_field_that_is_wrong_is_named(changes, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"minimum": 11}, "minimum is above goal"),
-        ({"minimum": 2}, "minimum is below min_group"),
-        ({"min_group": 6}, "minimum is below min_group"),
+        ({"minimum": 21}, "minimum is above goal"),
+        ({"minimum": 9}, "minimum is below min_group"),
+        ({"min_group": 11}, "minimum is below min_group"),
         ({"checkpoints": ["b" * 64] * 2}, "training task starts from one checkpoint"),
         ({"kind": "analyze"}, "analyze tasks are not available"),
-        ({"aggregation": "secure"}, "secure aggregation is not available"),
+        ({"groups": {"size": 9}}, "groups.size is below min_group"),
+        (
+            {"goal": 200, "groups": {"size": 200, "drop_out_fraction": 0.5}},
+            "no ring of this size bears such losses",
+        ),
         ({"retry": {"earliest_s": 5, "latest_s": 4}}, "retry window ends before it begins"),
         ({"criteria": {"requires": ["chargin"]}}, "condition 'chargin'.*one of: idle, charging"),
         ({"criteria": {"bucket": {"salt": "s", "low": 0.5, "high": 0.5}}}, "bucket is empty"),
         ({"optimizer": {"name": "FedSomething"}}, "unknown server optimizer 'FedSomething'"),
         ({"optimizer": {"settings": {"momentum": 0.9}}}, "no setting 'momentum'"),
         ({"optimizer": {"settings": {"learning_rate": float("nan")}}}, "learning_rate"),
-        ({"goal": 60_000}, "group is too large"),  # 78,000 devices
-        ({"goal": 20_000, "bits": 16}, "leave no room in the word"),
+        ({"goal": 60_000}, "cohort is too large"),  # 78,000 devices
+        ({"goal": 20_000, "aggregation": "plain"}, "leave no room in the word"),
+        ({"goal": 100, "bits": 8}, "leave no room in the word"),
     ],
 )
 def test_values_that_cannot_go_together_are_refused(changes, says):

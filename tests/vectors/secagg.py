@@ -92,6 +92,7 @@ def make_work(terms: Terms) -> Work:
         num_aux=terms.num_aux,
         schema=terms.schema,
         clip=terms.clip,
+        n_max=terms.n_max,
     )
 
 

@@ -38,7 +38,9 @@ def enroll(
     unknown_is_met: bool = typer.Option(
         False, "--unknown-is-met", help="Count conditions that cannot be told as met."
     ),
-    min_group: int = typer.Option(3, min=1, help="Smallest group whose sum may be formed."),
+    min_group: int = typer.Option(
+        10, min=1, help="Smallest group whose sum may be formed; never below 3 if secure."
+    ),
     conditions: Path | None = typer.Option(
         None, help="JSON script of conditions, for experiments."
     ),
@@ -97,6 +99,9 @@ def run(
     directory: Path = DirOption,
     max_sessions: int | None = typer.Option(None, min=1, help="End after so many sessions."),
     until_eof: bool = typer.Option(False, help="Stop when standard input is closed."),
+    vanish_after: str = typer.Option(
+        "", hidden=True, help="A drill: die after this step of secure aggregation."
+    ),
 ) -> None:
     """Be a device until stopped: take part, fetch releases, keep clean."""
     import logging
@@ -125,6 +130,11 @@ def run(
     )
     with http_client(settings.server) as client:
         connection = Connection(client, identity, clock, stop)
+        if vanish_after:
+            from homespun.cli.demo.vanishing import VanishingConnection
+
+            connection = VanishingConnection(client, identity, clock, stop)
+            connection.vanish_after = vanish_after
         Runtime(home, connection, source, clock, stop).run(max_sessions)
 
 

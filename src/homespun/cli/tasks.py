@@ -19,6 +19,7 @@ from homespun.cli.client import (
 from homespun.cli.models import read_bytes
 from homespun.cli.output import out, percent, print_json, print_table
 from homespun.errors import Conflict, InvalidConfig
+from homespun.protocol.group import GroupState
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec, parse
 from homespun.protocol.views import RoundSummary, TaskState, TaskView
@@ -125,6 +126,29 @@ def print_rounds(rounds: list[RoundSummary]) -> None:
     print_table(columns, rows, "no rounds yet")
 
 
+def dropped_out(view: RoundSummary) -> tuple[int, int, int]:
+    """Devices lost from the opened groups of a round: before sharing keys, before masking, after it."""
+    opened = [group for group in view.groups if group.state is GroupState.OPENED]
+    return (
+        sum(group.num_devices - group.num_shared for group in opened),
+        sum(group.num_shared - group.num_masked for group in opened),
+        sum(group.num_masked - group.num_agreed for group in opened),
+    )
+
+
+def summed(view: RoundSummary) -> str:
+    """How the reports of a round were added up."""
+    if not view.groups:
+        return f"{view.num_reported} of {view.num_assigned} reported"
+    opened = sum(group.state is GroupState.OPENED for group in view.groups)
+    lost = sum(dropped_out(view))
+    return (
+        f"{view.num_reported} of {view.num_assigned} reported in {opened} secure "
+        + ("sum" if opened == 1 else "sums")
+        + (f", {lost} dropped out" if lost else "")
+    )
+
+
 def metric(view: RoundSummary, name: str) -> str:
     """One metric of a round: a loss as a number, a rate as a percentage."""
     mean = share(view, name)
@@ -194,8 +218,7 @@ def register(app: typer.Typer) -> None:
                 values = ", ".join(f"{name} {metric(summary, name)}" for name in summary.metrics)
                 out.print(
                     f"round {summary.round_number}.{summary.attempt} {summary.state}: "
-                    f"{summary.num_reported} of {summary.num_assigned} reported, "
-                    f"{values} {summary.reason}",
+                    f"{summed(summary)}, {values} {summary.reason}",
                     markup=False,
                 )
         view = finished(client.task(view.task_id))

@@ -40,6 +40,7 @@ from homespun.protocol.messages import (
     ClaimReply,
     Enroll,
     Enrolled,
+    GroupReply,
     Receipt,
     SignedRelease,
 )
@@ -80,7 +81,7 @@ class Connection:
     def __init__(
         self, client: httpx.Client, identity: Identity, clock: Clock, stop: Stop | None = None
     ) -> None:
-        self._client, self._identity, self._clock = client, identity, clock
+        self._client, self.identity, self._clock = client, identity, clock
         self._stop = stop or Stop()
         self._skew_s = 0.0
         self._bytes_up = self._bytes_down = 0
@@ -92,7 +93,7 @@ class Connection:
         return counted
 
     def enroll(self, population: str, token: str) -> Enrolled:
-        public_key = base64.b64encode(self._identity.public_key).decode()
+        public_key = base64.b64encode(self.identity.public_key).decode()
         message = Enroll(population=population, token=token, public_key=public_key)
         return self._call(Enrolled, "POST", "/v1/enroll", messages.encode(message))
 
@@ -107,6 +108,16 @@ class Connection:
     def report(self, assigned: Assigned, body: bytes) -> Receipt:
         return self._call(Receipt, "PUT", f"{_assignment(assigned.assignment_id)}/report", body)
 
+    def group(self, assigned: Assigned, wait_s: float) -> GroupReply:
+        """What the device's group asks of it next; the server may hold the answer for `wait_s`."""
+        path = f"{_assignment(assigned.assignment_id)}/group"
+        return self._call(GroupReply, "GET", path, wait_s=wait_s)
+
+    def answer_group(self, assigned: Assigned, step: str, body: bytes, wait_s: float) -> GroupReply:
+        """Answer one step; the answer to that is what is asked next."""
+        path = f"{_assignment(assigned.assignment_id)}/group/{step}"
+        return self._call(GroupReply, "PUT", path, body, wait_s)
+
     def receipt(self, assignment_id: str) -> Receipt:
         return self._call(Receipt, "GET", _assignment(assignment_id))
 
@@ -114,7 +125,7 @@ class Connection:
         """Give up, in one quick try: the device may be stopping."""
         body = messages.encode(Abort(assignment_id=assigned.assignment_id))
         path = f"{_assignment(assigned.assignment_id)}/abort"
-        return messages.decode(self._exchange("POST", path, body, timeout_s=1.0), Receipt)
+        return messages.decode(self._exchange("POST", path, body, 1.0, {}), Receipt)
 
     def release(self, population: str, slot: str) -> SignedRelease:
         return self._call(SignedRelease, "GET", f"/v1/releases/{quote(population)}/{quote(slot)}")
@@ -165,8 +176,10 @@ class Connection:
     def _call(
         self, kind: type[M] | Any, method: str, path: str, body: bytes = b"", wait_s: float = 0.0
     ) -> M:
+        # RFC 7240, section 4.3. Where the message has a `wait_s` of its own it says the same.
+        headers = {"Prefer": f"wait={int(wait_s)}"} if wait_s else {}
         timeout_s = wait_s + TIMEOUT_S
-        reply = self._repeated(lambda: self._exchange(method, path, body, timeout_s))
+        reply = self._repeated(lambda: self._exchange(method, path, body, timeout_s, headers))
         message: M = messages.decode(reply, kind)
         return message
 
@@ -195,8 +208,10 @@ class Connection:
             self._skew_s = server_time - self._clock.now()
         return once()
 
-    def _exchange(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        with self._stream(method, path, body, timeout_s, {}) as response:
+    def _exchange(
+        self, method: str, path: str, body: bytes, timeout_s: float, headers: Mapping[str, str]
+    ) -> bytes:
+        with self._stream(method, path, body, timeout_s, headers) as response:
             return b"".join(self._chunks(response, MAX_REPLY_BYTES))
 
     @contextmanager
@@ -205,8 +220,8 @@ class Connection:
     ) -> Iterator[httpx.Response]:
         """Send one signed request and give its answer, if it is a good one."""
         signed = request_headers(
-            self._identity,
-            self._identity.device_id,
+            self.identity,
+            self.identity.device_id,
             method,
             path,
             self._clock.now() + self._skew_s,

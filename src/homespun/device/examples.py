@@ -8,23 +8,19 @@ and what a model is tested with was never trained on.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from homespun.device.home import Home, Settings, remove, storage, write_atomically
-from homespun.errors import InvalidExample, StorageFailure
+from homespun.device.home import Home, Settings, remove, storage
+from homespun.device.sealing import Seal
+from homespun.errors import InvalidExample
 from homespun.rng import derive_seed, unit_interval
 from homespun.tensors.codec import digest
 
-KEY_BYTES = 32
-NONCE_BYTES = 12
 DAY_S = 86_400.0
 _CHECK = b"homespun-examples-v1"
 
@@ -71,15 +67,7 @@ class ExampleStore:
         self._share, self._limits = held_out_share, limits or Limits()
         if not key_path.exists():  # a new store, or the key was deleted: nothing readable is left
             _remove(path)
-            write_atomically(key_path, AESGCM.generate_key(8 * KEY_BYTES))
-        with storage(key_path):
-            key = key_path.read_bytes()
-        if len(key) != KEY_BYTES:
-            raise StorageFailure(
-                f"{key_path} is not a store's key",
-                hint="restore it; or delete it, which forgets every example",
-            )
-        self._key_path, self._cipher = key_path, AESGCM(key)
+        self._key_path, self._seal = key_path, Seal(key_path)
         with storage(path):
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
             try:
@@ -96,9 +84,11 @@ class ExampleStore:
             self._db.execute("BEGIN IMMEDIATE")
             proof = self._db.execute("SELECT sealed FROM proof").fetchone()
             if proof is None:
-                self._db.execute("INSERT INTO proof VALUES (?)", (self._seal(_CHECK, b"proof"),))
+                self._db.execute(
+                    "INSERT INTO proof VALUES (?)", (self._seal.seal(_CHECK, b"proof"),)
+                )
             else:
-                self._unseal(proof[0], b"proof")
+                self._seal.unseal(proof[0], b"proof", self._path)
 
     def add(self, example: Mapping[str, Any], now: float, collection: str = "default") -> None:
         """Keep one example: a mapping of field names to text, numbers, booleans, bytes or lists of them.
@@ -116,7 +106,7 @@ class ExampleStore:
             plain = self._plain(example)
             held_out = unit_interval(self._salt, digest(plain)) < self._share
             bound = _bound(collection, now, held_out)
-            rows.append((collection, now, held_out, len(plain), self._seal(plain, bound)))
+            rows.append((collection, now, held_out, len(plain), self._seal.seal(plain, bound)))
         with storage(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(
@@ -186,7 +176,9 @@ class ExampleStore:
                 (collection, held_out, self._oldest(now, max_age_s)),
             ).fetchall()
         return [
-            msgspec.msgpack.decode(self._unseal(sealed, _bound(collection, added_at, held_out)))
+            msgspec.msgpack.decode(
+                self._seal.unseal(sealed, _bound(collection, added_at, held_out), self._path)
+            )
             for added_at, sealed in rows
         ]
 
@@ -227,19 +219,6 @@ class ExampleStore:
             ") WHERE place > ?2 OR total > ?3)",
             (collection, self._limits.max_examples, self._limits.max_bytes),
         )
-
-    def _seal(self, plain: bytes, bound: bytes) -> bytes:
-        nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, plain, bound)
-
-    def _unseal(self, sealed: bytes, bound: bytes) -> bytes:
-        try:
-            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
-        except (InvalidTag, ValueError) as error:
-            raise StorageFailure(
-                f"{self._path} is damaged, or {self._key_path.name} is not its key",
-                hint=f"restore {self._key_path.name}; or delete it, which forgets every example",
-            ) from error
 
 
 def open_examples(home: Home, settings: Settings) -> ExampleStore:

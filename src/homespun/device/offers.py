@@ -9,7 +9,7 @@ from homespun.device.home import Settings
 from homespun.device.journal import DAY_S, Journal
 from homespun.device.status import Reason
 from homespun.protocol.eligibility import Conditions, Facts, judge
-from homespun.protocol.messages import Aggregation, Offer, TaskKind
+from homespun.protocol.messages import Offer, TaskKind
 
 
 class Judge:
@@ -38,7 +38,7 @@ class Judge:
 
         refusals = judge(offer, conditions, self._settings.policy, self._facts(offer, now))
         found = [reason(refusal.code, refusal.text) for refusal in refusals]
-        if offer.kind is TaskKind.ANALYZE or offer.aggregation is Aggregation.SECURE:
+        if offer.kind is TaskKind.ANALYZE:
             found.append(reason("unsupported_task", "this runtime cannot do that kind of task yet"))
         if self._journal.was_assigned(offer):
             found.append(reason("already_tried", "this round was tried and did not end well"))

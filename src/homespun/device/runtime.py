@@ -1,11 +1,12 @@
 """The device at work: one step of the session machine at a time, journalled before the next.
 
     conditions -> check in -> judge the offers here -> claim -> download, verify -> train or evaluate
-    -> intent (durable) -> report -> receipt -> clean
+    -> intent (durable) -> report, in one piece or in a group's steps -> receipt -> clean
 
 `step` does what the journalled state calls for and says how long to wait, so that a test can drive a device
 without sleeping and a crash between any two steps is only a new start. Before INTENT a new start forgets the
 session and gives the assignment back; from INTENT on it sends the same bytes again and never trains again.
+In a group it never polls nor answers while the person needs the device.
 A server that is away is waited for; whatever fails inside a session, the device goes on.
 """
 
@@ -27,6 +28,8 @@ from homespun.device.home import Home
 from homespun.device.journal import Journal
 from homespun.device.models import open_models
 from homespun.device.offers import Judge
+from homespun.device.sealing import Seal
+from homespun.device.secure import MASK_INPUT, Member, Request
 from homespun.device.status import Board, Reason
 from homespun.device.stopping import Stop, Stopped
 from homespun.device.work import Work, check_assignment
@@ -42,16 +45,21 @@ from homespun.errors import (
     StorageFailure,
     TooLarge,
     Unreachable,
+    WeakTerms,
 )
 from homespun.protocol.eligibility import Conditions, unmet_conditions
 from homespun.protocol.messages import (
+    Aggregation,
     Assigned,
     CheckIn,
     Claim,
     Criteria,
+    GroupReply,
     Offer,
+    Receipt,
     ReportState,
     RetryWindow,
+    Settled,
     TaskKind,
     Waiting,
 )
@@ -67,6 +75,8 @@ LONGEST_RETRY_S = 7 * 86_400.0
 """A time to come back that is further away means that the clock was set back."""
 REPORT_FOR_S = 86_400.0
 """A report that nobody answers is given up this long after its deadline."""
+IN_GROUP = RetryWindow(earliest_s=1.0, latest_s=5.0)
+"""When to come back to a server that went away in the middle of a group, whose other devices wait."""
 REFUSE_FOR_S = 86_400.0
 """A plan that this device's examples do not fit is not claimed again for so long."""
 CHECK_IN_REQUIRES = Criteria().requires
@@ -96,6 +106,8 @@ class Runtime:
         self._trusted = tuple(base64.b64decode(key) for key in self._settings.publisher_keys)
         self._journal = Journal(home.journal_file)
         self._examples = open_examples(home, self._settings)
+        self._seal = Seal(home.store_key_file)
+        self._asked: Request | None = None  # by the group, in its last reply
         self._models = open_models(home, self._settings)
         self._judge = Judge(self._settings, self._journal, self._examples)
         self._board = Board(home, self._settings, self._journal, self._examples, self._models)
@@ -252,7 +264,7 @@ class Runtime:
         if isinstance(reply, Waiting):
             return min(RECHECK_S, reply.retry.earliest_s)
         if isinstance(reply, Assigned):
-            check_assignment(offer, reply, self._settings.policy.min_group)
+            check_assignment(offer, reply)
             self._go(E.ASSIGN, assigned=reply, expires_at=self._clock.now() + reply.deadline_s)
             self._say(f"takes part in round {offer.round_number} of {offer.task_name}")
             return 0
@@ -325,11 +337,13 @@ class Runtime:
         return 0
 
     def _report(self) -> float:
+        if self._assigned.aggregation is Aggregation.SECURE:
+            return self._take_part()
         try:
             body = self._work.report(self._session.digest)
-            receipt = self._connection.report(self._assigned, body)
+            return self._settle(self._connection.report(self._assigned, body))
         except Unreachable:
-            if self._clock.now() < self._expires_at + REPORT_FOR_S:
+            if not self._waited_enough:
                 raise
             return self._end(E.TOO_LATE, ReportState.LATE, "the server never answered")
         except (Expired, Conflict, ReportConflict) as error:
@@ -338,6 +352,73 @@ class Runtime:
             raise
         except HomespunError as error:
             return self._end(E.GIVE_UP, ReportState.VOID, f"refused: {error.message}")
+
+    def _take_part(self) -> float:
+        """One exchange with the group, while the person does not need the device.
+
+        What is asked is answered in the next step. It is forgotten if that fails: the server says again, and
+        `Member` knows what it answered before.
+        """
+        asked, self._asked = self._asked, None
+        offer = self._offer
+        unmet = self._unmet(offer.criteria.requires, offer.task_name)
+        self._board.refuse(unmet)
+        if unmet:
+            return self._leave(unmet[0].text) if self._waited_enough else RECHECK_S
+        self._say(f"in a group of round {offer.round_number} of {offer.task_name}")
+        try:
+            reply = self._exchange(asked)
+            if isinstance(reply, Settled):
+                return self._settle(reply.receipt)
+        except Unreachable:
+            if not self._waited_enough:
+                raise
+            return self._leave("the server never answered")
+        except (NotAuthentic, StorageFailure):
+            raise
+        except HomespunError as error:
+            if isinstance(error, WeakTerms):  # they are the task's: the next round has the same
+                until = self._clock.now() + REFUSE_FOR_S
+                self._journal.refuse_plan(self._assigned.plan_hash, error.message, until)
+            return self._leave(f"refused: {error.message}")
+        if isinstance(reply, Waiting):
+            return min(RECHECK_S, reply.retry.earliest_s)
+        self._asked = reply
+        return 0
+
+    def _exchange(self, asked: Request | None) -> GroupReply:
+        poll_s = self._settings.poll_s
+        if asked is None:
+            return self._connection.group(self._assigned, poll_s)
+        step, body = self._member.answer(asked)
+        if step == MASK_INPUT:
+            self._go(E.MASK, masked=True)
+        try:
+            return self._connection.answer_group(self._assigned, step, body, poll_s)
+        except (Unreachable, NotAuthentic):
+            raise
+        except HomespunError:  # too late for this step; the device may still be in the sum
+            reply = self._connection.group(self._assigned, poll_s)
+            if isinstance(reply, type(asked)):
+                raise
+            return reply
+
+    @property
+    def _others_wait(self) -> bool:
+        """Whether this device holds up a group by staying away."""
+        secure = (
+            self._session.state is S.REPORTING and self._assigned.aggregation is Aggregation.SECURE
+        )
+        return secure and self._clock.now() < self._expires_at
+
+    def _leave(self, reason: str) -> float:
+        """Take no further part in the group; nobody has to wait. What may be in a sum counts, whatever comes."""
+        if self._session.masked:
+            self._abort()
+            return self._end(E.TOO_LATE, ReportState.LATE, reason)
+        return self._give_up(reason)
+
+    def _settle(self, receipt: Receipt) -> float:
         match receipt.state:
             case ReportState.LATE:
                 return self._end(E.TOO_LATE, receipt.state, receipt.reason)
@@ -349,13 +430,16 @@ class Runtime:
 
     def _clean(self) -> float:
         cleaning.clean(self._home, self._models)
-        if self._session.outcome is None:  # it ended before INTENT
-            try:
-                self._connection.abort(self._assigned)
-            except HomespunError as error:  # its deadline will tell the server the same
-                log.info("the server was not told that a session ended: %s", error)
+        if self._session.outcome is None:  # nothing that counts has left
+            self._abort()
         self._go(E.CLEAN, outcome=self._session.outcome or str(ReportState.VOID))
         return 0
+
+    def _abort(self) -> None:
+        try:
+            self._connection.abort(self._assigned)
+        except HomespunError as error:  # its deadline will tell the server the same
+            log.info("the server was not told that a session ended: %s", error)
 
     def _finish(self) -> float:
         reason = f" ({self._session.reason})" if self._session.reason else ""
@@ -368,7 +452,10 @@ class Runtime:
     def _wait_for_server(self, error: Unreachable) -> float:
         """The server is away: stay in this state and come back, unless the deadline is sooner."""
         self._board.verdict = error.message
-        pause = self._come_back_in(self._settings.transient_error)
+        window = self._settings.transient_error
+        if self._others_wait:
+            window = min(window, IN_GROUP, key=lambda each: each.latest_s)
+        pause = self._come_back_in(window)
         if self._session.state in _BEFORE_INTENT and self._clock.now() + pause >= self._expires_at:
             return self._give_up(error.message)
         return pause
@@ -440,6 +527,21 @@ class Runtime:
     def _work(self) -> Work:
         directory = self._home.work / self._session.session_id
         return Work(directory, self._assigned, self._trusted)
+
+    @property
+    def _member(self) -> Member:
+        return Member(
+            self._work,
+            self._offer.task_name,
+            self._session.digest,
+            self._settings.policy.min_group,
+            self._connection.identity,
+            self._seal,
+        )
+
+    @property
+    def _waited_enough(self) -> bool:
+        return self._clock.now() >= self._expires_at + REPORT_FOR_S
 
     def _watch(self, requires: tuple[str, ...]) -> Watch:
         until = self._session.expires_at or float("inf")

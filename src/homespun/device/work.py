@@ -43,6 +43,10 @@ class Work:
         return self.directory / "plan.zip"
 
     @property
+    def group_file(self) -> Path:
+        return self.directory / "group.bin"
+
+    @property
     def report_file(self) -> Path:
         return self.directory / "report.bin"
 
@@ -92,6 +96,20 @@ class Work:
         manifest.check_checkpoint(checkpoint)
         return checkpoint
 
+    def codec(self, manifest: Manifest) -> ContributionCodec:
+        """How the contribution of this assignment becomes integers. Raises `InvalidConfig`."""
+        encoding, metrics = self.assigned.encoding, ("loss", *manifest.metrics)
+        train = self.assigned.kind is TaskKind.TRAIN
+        return ContributionCodec(
+            dimension=trees.dimension(manifest.shapes) if train else 0,
+            clip_norm=encoding.clip_norm,
+            max_weight=encoding.max_weight,
+            metrics=metrics if train else paired_names(metrics, len(self.assigned.checkpoints)),
+            max_group=encoding.max_group,
+            bits=encoding.bits,
+            rotation_seed=encoding.rotation_seed,
+        )
+
     def perform(self, examples: Examples, device_seed: int, should_stop: ShouldStop) -> Hash | None:
         """Train or evaluate, write the report's bytes; their digest, or None if `should_stop` ended it.
 
@@ -117,7 +135,7 @@ class Work:
         return body
 
 
-def check_assignment(offer: Offer, assigned: Assigned, min_group: int) -> None:
+def check_assignment(offer: Offer, assigned: Assigned) -> None:
     """Raise `ProtocolError` unless the assignment is what was offered and accepted."""
     for name in ("kind", "round_number", "attempt", "plan_hash", "aggregation"):
         offered, got = getattr(offer, name), getattr(assigned, name)
@@ -127,7 +145,7 @@ def check_assignment(offer: Offer, assigned: Assigned, min_group: int) -> None:
                 expected=str(offered),
                 got=str(got),
             )
-    if not assigned.checkpoints or assigned.encoding.max_group < min_group:
+    if not assigned.checkpoints or assigned.encoding.max_group < offer.min_group:
         raise ProtocolError("the assignment names no checkpoint, or too small a group")
 
 
@@ -136,15 +154,7 @@ def _train(
 ) -> Contribution | None:
     from homespun.plan import run  # loads ONNX Runtime
 
-    manifest, encoding = plan.manifest, work.assigned.encoding
-    codec = ContributionCodec(
-        dimension=trees.dimension(manifest.shapes),
-        clip_norm=encoding.clip_norm,
-        max_weight=encoding.max_weight,
-        metrics=("loss", *manifest.metrics),
-        max_group=encoding.max_group,
-        bits=encoding.bits,
-    )
+    manifest, codec = plan.manifest, work.codec(plan.manifest)
     checkpoint = work.checkpoint(0, manifest)
     result = run.train(plan, checkpoint, rows, derive_seed(seed, "train"), should_stop)
     if result.interrupted:
@@ -158,7 +168,7 @@ def _evaluate(
 ) -> Contribution | None:
     from homespun.plan import run
 
-    manifest, encoding = plan.manifest, work.assigned.encoding
+    manifest, codec = plan.manifest, work.codec(plan.manifest)
     results = []
     for index in range(len(work.assigned.checkpoints)):
         if should_stop():
@@ -167,15 +177,6 @@ def _evaluate(
         results.append(run.evaluate(plan, checkpoint, rows, should_stop))
     if should_stop():
         return None
-    names = ("loss", *manifest.metrics)
-    codec = ContributionCodec(
-        dimension=0,
-        clip_norm=encoding.clip_norm,
-        max_weight=encoding.max_weight,
-        metrics=paired_names(names, len(results)),
-        max_group=encoding.max_group,
-        bits=encoding.bits,
-    )
     update = trees.flatten({}, ())
     metrics = paired(results, manifest.metrics[0])
     return codec.encode(update, features.num_rows(rows), metrics, stream(seed, "rounding"))

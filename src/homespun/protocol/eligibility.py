@@ -23,12 +23,13 @@ Conditions = Mapping[str, bool | None]
 class Policy(Message, frozen=True, kw_only=True):
     """The device's own rules, which no server can override.
 
-    `allow_plain`: accept tasks without secure aggregation; `unknown_is_met`: count a condition that the
+    `allow_plain`: accept tasks without secure aggregation; `min_group`: never be part of a sum over fewer devices;
+    `unknown_is_met`: count a condition that the
     platform cannot report as met; `max_daily_*`: participations and bytes per 24 hours.
     """
 
     allow_plain: bool = False
-    min_group: Positive = 3
+    min_group: Positive = 10
     unknown_is_met: bool = False
     max_daily_participations: Annotated[int, Meta(ge=0)] = 48
     max_daily_bytes: Annotated[int, Meta(ge=0)] = 500_000_000

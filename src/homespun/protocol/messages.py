@@ -6,13 +6,22 @@ Times are durations in seconds, so that no device's clock matters. `docs/protoco
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from homespun.errors import BadFrame
+from homespun.secagg.messages import (
+    AgreeRequest,
+    MaskInputRequest,
+    ShareKeysRequest,
+    Terms,
+    UnmaskRequest,
+)
 
 PROTOCOL_VERSION = 1
 
@@ -25,6 +34,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Bits = Annotated[int, Meta(ge=8, le=32)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,13 +94,15 @@ class Encoding(Message, frozen=True, kw_only=True):
     """How a contribution becomes integers.
 
     `bits`: of a main word; `clip_norm`: L2 bound of an update; `max_weight`: examples beyond which a device
-    weighs no more (0: every device weighs 1); `max_group`: most contributions in one sum.
+    weighs no more (0: every device weighs 1); `max_group`: most contributions in one sum; `rotation_seed`: of the
+    random rotation before rounding (null: none).
     """
 
-    bits: Literal[16, 32] = 32
+    bits: Bits = 16
     clip_norm: Annotated[float, Meta(gt=0)]
     max_weight: Count
     max_group: Positive
+    rotation_seed: Count | None = None
 
 
 # --- enrolment ----------------------------------------------------------------------------------------
@@ -199,7 +211,10 @@ class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
 
 
 class Waiting(Message, frozen=True, kw_only=True, tag="waiting"):
-    """Claimed; the draw is still to come. `retry`: claim again within this window."""
+    """Others are awaited: the draw is still to come, or the next step of the group.
+
+    `retry`: ask again within this window.
+    """
 
     retry: RetryWindow
 
@@ -214,11 +229,22 @@ class Rejected(Message, frozen=True, kw_only=True, tag="rejected"):
 ClaimReply = Assigned | Waiting | Rejected
 
 
+def checkpoints_hash(checkpoints: Sequence[str]) -> str:
+    """One hash for what a device works from: that of the only checkpoint, or SHA-256 over those of several."""
+    if len(checkpoints) == 1:
+        return checkpoints[0]
+    return hashlib.sha256("\n".join(checkpoints).encode()).hexdigest()
+
+
 # --- report -------------------------------------------------------------------------------------------
 
 
 class ReportState(StrEnum):
-    """What became of a report. INCLUDED, VOID and LATE are final; there is no silence."""
+    """What became of a report. INCLUDED, VOID and LATE are final; there is no silence.
+
+    With secure aggregation the masked input is the report: ACKNOWLEDGED says that it is in its group's sum, which may
+    yet come to nothing.
+    """
 
     EXPECTED = "expected"
     ACKNOWLEDGED = "acknowledged"
@@ -239,6 +265,18 @@ class Receipt(Message, frozen=True, kw_only=True):
     digest: Sha256 | None = None
     checkpoint: Sha256 | None = None
     reason: str = ""
+
+
+class Settled(Message, frozen=True, kw_only=True, tag="settled"):
+    """Nothing more is asked of the device. `receipt`: what became of its report so far."""
+
+    receipt: Receipt
+
+
+GroupReply = (
+    Terms | ShareKeysRequest | MaskInputRequest | AgreeRequest | UnmaskRequest | Waiting | Settled
+)
+"""What a group asks of one of its devices next. `Terms`: join one, with fresh keys."""
 
 
 class Abort(Message, frozen=True, kw_only=True):

@@ -56,7 +56,7 @@ ROUND: Machine[RoundState, RoundEvent] = Machine(
         ),
         Row(R.RUNNING, E.ABANDON, R.ABANDONED, "nobody left to wait for and reports < minimum"),
         Row(R.CLOSING, E.AGGREGATE, R.AGGREGATED, "plain sums complete"),
-        Row(R.CLOSING, E.UNMASK, R.UNMASKING, "survivors stored, then published"),
+        Row(R.CLOSING, E.UNMASK, R.UNMASKING, "no group takes reports any more"),
         Row(
             R.UNMASKING,
             E.AGGREGATE,
@@ -75,8 +75,12 @@ ROUND: Machine[RoundState, RoundEvent] = Machine(
 
 @dataclass(frozen=True)
 class RoundView:
-    """What `due` needs to know. Times are Unix seconds; `pool_target` is the pool that ends the window
-    early, 0 if none does."""
+    """What `due` needs to know. Times are Unix seconds.
+
+    `pool_target`: the pool that ends the window early, 0 if none does; `num_open`: devices that may still report,
+    with secure aggregation those that are in no group yet; `num_collecting`: groups whose reports are on the way;
+    `num_unopened`: groups whose sum is not known yet.
+    """
 
     state: RoundState
     goal: int
@@ -89,6 +93,9 @@ class RoundView:
     num_assigned: int
     num_open: int
     num_reported: int
+    secure: bool = False
+    num_collecting: int = 0
+    num_unopened: int = 0
 
     @property
     def cohort_size(self) -> int:
@@ -119,13 +126,19 @@ def due(view: RoundView, now: float) -> RoundEvent | None:
             )
             return E.SELECT if ready else None
         case R.RUNNING:
+            if view.num_collecting:
+                return None  # the steps of a group have deadlines of their own
             if view.num_reported >= view.goal:
                 return E.CLOSE
             if now >= view.deadline_at or view.num_open == 0:
                 return E.CLOSE if view.num_reported >= view.minimum else E.ABANDON
             return None
         case R.CLOSING:
-            return E.AGGREGATE
+            return E.UNMASK if view.secure else E.AGGREGATE
+        case R.UNMASKING:
+            if view.num_unopened:
+                return None
+            return E.AGGREGATE if view.num_reported >= view.minimum else E.ABANDON
         case R.AGGREGATED:
             return E.COMMIT
         case R.COMMITTED:

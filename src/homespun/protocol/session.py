@@ -46,6 +46,7 @@ class SessionEvent(StrEnum):
     PACKAGE = "package"
     INTEND = "intend"
     REPORT = "report"
+    MASK = "mask"
     ACKNOWLEDGE = "acknowledge"
     TOO_LATE = "too_late"
     GIVE_UP = "give_up"
@@ -72,9 +73,15 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
         Row(S.TRAINING, E.PACKAGE, S.PACKAGED, "clipped and encoded"),
         Row(S.PACKAGED, E.INTEND, S.INTENT, "durable before a byte leaves"),
         Row(S.INTENT, E.REPORT, S.REPORTING),
+        Row(S.REPORTING, E.MASK, S.REPORTING, "durable before the masked input leaves"),
         Row(S.REPORTING, E.ACKNOWLEDGE, S.ACKNOWLEDGED),
         Row(S.REPORTING, E.TOO_LATE, S.LATE),
-        Row(S.REPORTING, E.GIVE_UP, S.VOID, "the server proves that it is void"),
+        Row(
+            S.REPORTING,
+            E.GIVE_UP,
+            S.VOID,
+            "the server proves that it is void, or nothing was masked",
+        ),
         *(
             Row(state, E.GIVE_UP, S.VOID, "conditions lost, refused, failed or expired")
             for state in _BEFORE_INTENT
@@ -87,7 +94,10 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """The journalled record. `reason` says why it ended, for the person; `digest` is of the report's bytes."""
+    """The journalled record. `reason` says why it ended, for the person; `digest` is of the report's bytes.
+
+    `masked`: securely aggregated, and the masked input may have left; it counts from then on.
+    """
 
     session_id: str
     population: str
@@ -97,6 +107,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     assigned: Assigned | None = None
     expires_at: float | None = None
     digest: str | None = None
+    masked: bool = False
     outcome: str | None = None
     reason: str = ""
 

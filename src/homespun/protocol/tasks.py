@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from homespun.errors import InvalidConfig
-from homespun.learning.contribution import ContributionCodec
+from homespun.learning.contribution import MAX_GROUP, ContributionCodec
 from homespun.learning.optimizers import server_optimizer
 from homespun.protocol.eligibility import CONDITIONS
+from homespun.protocol.group import group_size
 from homespun.protocol.messages import (
     Aggregation,
+    Bits,
     Count,
     Criteria,
     Message,
@@ -24,6 +26,8 @@ from homespun.protocol.messages import (
     TaskKind,
 )
 from homespun.protocol.round import cohort_size
+from homespun.secagg.graph import Adversary, choose_shape
+from homespun.secagg.messages import Fraction
 
 
 class OptimizerSpec(Message, frozen=True, kw_only=True):
@@ -31,6 +35,22 @@ class OptimizerSpec(Message, frozen=True, kw_only=True):
 
     name: str = "FedAvg"
     settings: dict[str, float] = {}
+
+
+class GroupSpec(Message, frozen=True, kw_only=True):
+    """How securely aggregated reports are grouped and how well a group is protected.
+
+    `size`: most devices of a group; `step_s`: longest that a step waits for its devices; `corrupt_fraction`:
+    share of the devices that may work together with the server; `drop_out_fraction`: share that may be lost in
+    groups of more than 64 (smaller ones bear just under a third); `adversary`: whether the server may lie about who
+    survived.
+    """
+
+    size: Annotated[int, Meta(ge=3, le=10_000)] = 100
+    step_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+    corrupt_fraction: Fraction = 0.1
+    drop_out_fraction: Fraction = 0.2
+    adversary: Adversary = Adversary.SEMI_MALICIOUS
 
 
 class TaskSpec(Message, frozen=True, kw_only=True):
@@ -41,9 +61,10 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
     `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
     window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
-    `retry`: when devices that were not drawn come back; `min_group`: fewest contributions that are ever
-    decoded together; `bits`: of a word of the encoding; `optimizer`: the server's step, of train tasks;
-    `seed`: of the draws and of training.
+    `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
+    reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
+    `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
+    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training.
     """
 
     name: Name
@@ -60,9 +81,11 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
     retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
     criteria: Criteria = Criteria()
-    aggregation: Aggregation = Aggregation.PLAIN
-    min_group: Positive = 3
-    bits: Literal[16, 32] = 32
+    aggregation: Aggregation = Aggregation.SECURE
+    min_group: Annotated[int, Meta(ge=3, lt=2**16)] = 10
+    groups: GroupSpec = GroupSpec()
+    bits: Bits = 16
+    rotate: bool = True
     optimizer: OptimizerSpec = OptimizerSpec()
     seed: Count = 0
 
@@ -85,9 +108,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
         if self.kind is TaskKind.ANALYZE:
             raise InvalidConfig("analyze tasks are not available yet", hint="use train or evaluate")
         if self.aggregation is Aggregation.SECURE:
-            raise InvalidConfig(
-                "secure aggregation is not available yet", hint='set aggregation = "plain"'
-            )
+            self._validate_groups()
         if self.retry.latest_s < self.retry.earliest_s:
             raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
         if unknown := [name for name in self.criteria.requires if name not in CONDITIONS]:
@@ -101,19 +122,42 @@ class TaskSpec(Message, frozen=True, kw_only=True):
                 "the bucket is empty", expected=f"high above {bucket.low}", got=bucket.high
             )
         server_optimizer(self.optimizer.name, self.optimizer.settings)
-        # The plan adds dimension, clip bound and metrics; whether the cohort fits the words shows here.
+        if self.cohort_size > MAX_GROUP:
+            raise InvalidConfig(
+                "the cohort is too large for one round",
+                expected=f"<= {MAX_GROUP}",
+                got=self.cohort_size,
+            )
+        # The plan adds dimension, clip bound and metrics; whether a group fits the words shows here.
         ContributionCodec(
             dimension=0,
             clip_norm=1.0,
             max_weight=0,
             metrics=(),
-            max_group=self.cohort_size,
+            max_group=self.max_group,
             bits=self.bits,
+        )
+
+    def _validate_groups(self) -> None:
+        groups = self.groups
+        if groups.size < self.min_group:
+            raise InvalidConfig(
+                "groups.size is below min_group", expected=f">= {self.min_group}", got=groups.size
+            )
+        choose_shape(
+            self.max_group, groups.corrupt_fraction, groups.drop_out_fraction, groups.adversary
         )
 
     @property
     def cohort_size(self) -> int:
         return cohort_size(self.goal, self.over_selection)
+
+    @property
+    def max_group(self) -> int:
+        """Most contributions in one sum: the whole cohort, or one group of secure aggregation."""
+        if self.aggregation is Aggregation.PLAIN:
+            return self.cohort_size
+        return max(self.min_group, group_size(self.goal, self.groups.size))
 
     @property
     def pool_size(self) -> int:

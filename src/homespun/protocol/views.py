@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from homespun.protocol.group import GroupState
 from homespun.protocol.messages import Message, Name, Sha256, TaskKind
 from homespun.protocol.release import ReleaseState
 from homespun.protocol.round import RoundState
@@ -25,6 +26,23 @@ class MetricView(Message, frozen=True, kw_only=True):
 
     sum: float
     count: float
+
+
+class GroupSummary(Message, frozen=True, kw_only=True):
+    """One group of a securely aggregated round.
+
+    `num_devices`: that joined; `num_shared`: of them, that shared their keys; `num_masked`: whose reports are in the
+    sum; `num_agreed`: that signed who is in it; `num_unmasked`: that helped to open it (no more than needed).
+    """
+
+    number: int
+    state: GroupState
+    num_devices: int
+    num_shared: int
+    num_masked: int
+    num_agreed: int
+    num_unmasked: int
+    reason: str = ""
 
 
 class RoundSummary(Message, frozen=True, kw_only=True):
@@ -52,6 +70,7 @@ class RoundSummary(Message, frozen=True, kw_only=True):
     weight: float | None = None
     clipped_share: float | None = None
     metrics: dict[str, MetricView] = {}
+    groups: tuple[GroupSummary, ...] = ()
 
 
 class TaskView(Message, frozen=True, kw_only=True):

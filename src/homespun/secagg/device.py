@@ -101,8 +101,8 @@ class Demands:
 class Work:
     """What the device did and is about to contribute; the terms must say the same.
 
-    `ancestry`: the checkpoint that it trained from, then those that followed in the signed chain, as far as the
-    device has verified it.
+    `n_max`: the largest group for which the encoding leaves room; `ancestry`: the checkpoint that it trained
+    from, then those that followed in the signed chain, as far as the device has verified it.
     """
 
     task: str
@@ -115,6 +115,7 @@ class Work:
     num_aux: int
     schema: str
     clip: float
+    n_max: int
 
 
 # --- state --------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def _check_terms(terms: Terms, work: Work, demands: Demands) -> None:
     if terms.suite != SUITE:
         raise WrongTerms("unknown suite", expected=SUITE, got=terms.suite)
     names = ("task", "round_number", "attempt", "plan_hash")
-    for name in (*names, "bits", "dimension", "num_aux", "schema", "clip"):
+    for name in (*names, "bits", "dimension", "num_aux", "schema", "clip", "n_max"):
         if getattr(terms, name) != getattr(work, name):
             raise WrongTerms(
                 f"the group's {name} is not that of this device's work",

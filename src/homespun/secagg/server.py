@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import StrEnum
-from typing import TypeAlias, TypeVar
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -69,9 +70,17 @@ Sums: TypeAlias = tuple[AnyArray, AnyArray]
 
 A = TypeVar("A")
 MapParts = Callable[[Callable[[list["Secret"]], Sums], list[list["Secret"]]], Iterable[Sums]]
-"""`map`, or that of a pool. Processes rather than threads: AES and X25519 hold the interpreter's lock."""
-Secret: TypeAlias = tuple[int, bytes]
-"""A device and what its holders gave up: the seed of its self mask, or its mask key."""
+"""`map`, or that of a pool. Processes rather than threads: X25519 holds the interpreter's lock (decision 0005)."""
+
+
+class Secret(NamedTuple):
+    """What the holders of a device gave up: the seed of its self mask; of a lost one, which left `pairs` of
+    masks behind, its mask key. `pairs`: surviving neighbours and their public mask keys.
+    """
+
+    owner: int
+    value: bytes
+    pairs: tuple[tuple[int, bytes], ...]
 
 
 class Step(StrEnum):
@@ -125,9 +134,9 @@ class Group:
 
     def advertise_keys(self, answer: AdvertiseKeys) -> None:
         """Raises `BadSignature`; `BadRoster` for a key that another device has, `WrongStep` for a second one."""
-        self._need(Step.ADVERTISE_KEYS)
         if answer in self.state.roster:
             return
+        self._need(Step.ADVERTISE_KEYS)
         for other in self.state.roster:
             if answer.identity == other.identity:
                 raise WrongStep("other keys after the first", identity=answer.identity.hex())
@@ -156,6 +165,7 @@ class Group:
         )
         self._tree = merkle_tree([leaf(index, keys) for index, keys in enumerate(roster)])
         self._root = self._tree[-1][0]
+        self._entries: dict[int, RosterEntry] = {}
         self.graph = Graph(shape, self._root)
         self.transcript = transcript_hash(terms, shape, self._root)
 
@@ -174,15 +184,15 @@ class Group:
             index=index,
             num_devices=len(self.state.roster),
             root=self._root,
-            entries=tuple(
-                RosterEntry(
-                    index=place,
-                    keys=self.state.roster[place],
-                    proof=merkle_proof(self._tree, place),
-                )
-                for place in places
-            ),
+            entries=tuple(self._entry(place) for place in places),
         )
+
+    def _entry(self, place: int) -> RosterEntry:
+        """The same for all neighbours of a device."""
+        if place not in self._entries:
+            keys, proof = self.state.roster[place], merkle_proof(self._tree, place)
+            self._entries[place] = RosterEntry(index=place, keys=keys, proof=proof)
+        return self._entries[place]
 
     def share_keys(self, index: int, answer: ShareKeys) -> None:
         """Raises `BadShare` for a wrong number of shares."""
@@ -210,7 +220,12 @@ class Group:
 
     def mask_input(self, index: int, answer: MaskedInput) -> None:
         """Add to the running sums. Raises `BadSignature`, `ShapeMismatch`; then they are as they were."""
-        digest = sha256(answer.signature + sha256(answer.main) + sha256(answer.aux))
+        if index not in self.state.masked:
+            self._need(Step.MASK_INPUT)
+        shared, parts = self._bitmap(self.state.shared), (answer.main, answer.aux)
+        words = (np.frombuffer(part, np.uint8) for part in parts)
+        text = masked_input_text(self.transcript, index, shared, *words)
+        digest = sha256(answer.signature + text)
         if self._is_repeated(Step.MASK_INPUT, index, digest, self.state.masked):
             return
         if index not in self.state.shared:
@@ -221,11 +236,9 @@ class Group:
                 expected=self.main.nbytes + self.aux.nbytes,
                 got=len(answer.main) + len(answer.aux),
             )
-        main, aux = np.frombuffer(answer.main, self.main.dtype), np.frombuffer(answer.aux, "<u8")
-        text = masked_input_text(self.transcript, index, self._bitmap(self.state.shared), main, aux)
         self._check_signed(index, answer.signature, text, "masked input")
-        self.main += main
-        self.aux += aux
+        self.main += np.frombuffer(answer.main, self.main.dtype)
+        self.aux += np.frombuffer(answer.aux, self.aux.dtype)
         self.state.masked[index] = digest
 
     def close_mask_input(self) -> None:
@@ -283,8 +296,10 @@ class Group:
 
     def can_open(self) -> bool:
         """Whether every secret has enough shares, so that nobody else needs to answer."""
+        if self.state.step is not Step.UNMASK:
+            return False
         holders, unmasked = self.graph.holders, self.state.unmasked
-        return self.state.step is Step.UNMASK and all(
+        return all(
             sum(holder in unmasked for holder in holders(owner)) >= self.graph.shape.threshold
             for owner in self.state.shared
         )
@@ -296,28 +311,36 @@ class Group:
         when a secret has too few shares, `BadShare` when one does not fit what its owner committed to.
         """
         self._need(Step.UNMASK)
-        given = {
-            holder: dict(zip(self._owners(holder), answer.shares, strict=True))
-            for holder, answer in self.state.unmasked.items()
-        }
-        secrets = [(owner, self._open_secret(owner, given)) for owner in sorted(self.state.shared)]
+        secrets = self._open_secrets()
         # Lost devices cost k masks each, survivors one: every part gets its share of both.
-        secrets.sort(key=lambda secret: secret[0] in self.state.masked)
+        secrets.sort(key=lambda secret: not secret.pairs)
         parts = [part for start in range(num_parts) if (part := secrets[start::num_parts])]
+        sum_of_masks = partial(_sum_of_masks, self.state.terms, self.transcript)
         main, aux = self.main.copy(), self.aux.copy()
-        for part_main, part_aux in map_parts(self._sum_of_masks, parts):
+        for part_main, part_aux in map_parts(sum_of_masks, parts):
             main -= part_main
             aux -= part_aux
         main &= main.dtype.type(2**self.state.terms.bits - 1)
         return main, aux
 
-    def _open_secret(self, owner: int, given: dict[int, dict[int, bytes]]) -> bytes:
-        """A survivor's seed or a lost device's mask key, from the first t shares of it."""
-        self.graph.check_holders(owner, given, "gave up their shares")
-        holders = [holder for holder in self.graph.holders(owner) if holder in given]
-        holders = holders[: self.graph.shape.threshold]
-        coordinates = tuple(holder + 1 for holder in holders)
-        secret = shamir.combine(coordinates, [given[holder][owner] for holder in holders])
+    def _open_secrets(self) -> list[Secret]:
+        """Survivors' seeds and lost devices' mask keys, each from the first t shares of it."""
+        given: dict[int, dict[int, bytes]] = {owner: {} for owner in sorted(self.state.shared)}
+        for holder, answer in sorted(self.state.unmasked.items()):
+            for owner, share in zip(self._owners(holder), answer.shares, strict=True):
+                given[owner][holder + 1] = share
+        for owner in given:
+            self.graph.check_holders(owner, self.state.unmasked, "gave up their shares")
+        t = self.graph.shape.threshold
+        secrets = shamir.combine_all(
+            [list(shares)[:t] for shares in given.values()],
+            [list(shares.values())[:t] for shares in given.values()],
+        )
+        return [self._check_secret(*opened) for opened in zip(given, secrets, strict=True)]
+
+    def _check_secret(self, owner: int, secret: bytes) -> Secret:
+        """Raise `BadShare` unless it is what its owner committed to."""
+        pairs: tuple[tuple[int, bytes], ...] = ()
         if owner in self.state.masked:
             expected = self.state.shared[owner].commitment
             found = commitment(self.transcript, owner, secret)
@@ -325,26 +348,11 @@ class Group:
             expected = self.state.roster[owner].s_key
             key = X25519PrivateKey.from_private_bytes(secret)
             found = key.public_key().public_bytes_raw()
+            others = [other for other in self.graph.neighbours(owner) if other in self.state.masked]
+            pairs = tuple((other, self.state.roster[other].s_key) for other in others)
         if found != expected:
             raise BadShare("shares give another secret than was committed to", device=owner)
-        return secret
-
-    def _sum_of_masks(self, secrets: list[Secret]) -> Sums:
-        main, aux = np.zeros_like(self.main), np.zeros_like(self.aux)
-        apply_masks(main, aux, (mask for secret in secrets for mask in self._masks_of(secret)))
-        return main, aux
-
-    def _masks_of(self, secret: Secret) -> Iterator[Mask]:
-        """The masks that are still in the running sums because of one device."""
-        owner, value = secret
-        if owner in self.state.masked:
-            yield self_mask(value, self.transcript, owner)
-            return
-        key = X25519PrivateKey.from_private_bytes(value)
-        for other in self.graph.neighbours(owner):
-            if other in self.state.masked:
-                public = self.state.roster[other].s_key
-                yield opposite(pairwise_mask(key, public, self.transcript, owner, other))
+        return Secret(owner, secret, pairs)
 
     # --- what every step checks -----------------------------------------------------------------------
 
@@ -379,8 +387,31 @@ class Group:
         for owner in self.state.shared:
             self.graph.check_holders(owner, alive, what)
 
-    def _bitmap(self, devices: Collection[int]) -> bytes:
-        return bitmap(devices, len(self.state.roster))
+    def _bitmap(self, devices: Iterable[int]) -> bytes:
+        return _known_bitmap(tuple(devices), len(self.state.roster))
+
+
+def _sum_of_masks(terms: Terms, transcript: bytes, secrets: list[Secret]) -> Sums:
+    """The masks that are still in the running sums because of some devices; what a pool's worker needs."""
+    main, aux = np.zeros(terms.dimension, word(terms.bits)), np.zeros(terms.num_aux, "<u8")
+    masks = (mask for secret in secrets for mask in _masks_of(transcript, secret))
+    apply_masks(main, aux, masks)
+    return main, aux
+
+
+def _masks_of(transcript: bytes, secret: Secret) -> Iterator[Mask]:
+    if not secret.pairs:
+        yield self_mask(secret.value, transcript, secret.owner)
+        return
+    key = X25519PrivateKey.from_private_bytes(secret.value)
+    for other, public in secret.pairs:
+        yield opposite(pairwise_mask(key, public, transcript, secret.owner, other))
+
+
+@lru_cache(maxsize=16)
+def _known_bitmap(devices: tuple[int, ...], num_devices: int) -> bytes:
+    """U2 and U3 go to every device, and making one costs as much as checking a signature."""
+    return bitmap(devices, num_devices)
 
 
 def _check_number(device: int, expected: int, got: int) -> None:

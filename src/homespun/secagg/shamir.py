@@ -9,7 +9,7 @@ in a table of logarithms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ Elements = npt.NDArray[np.uint16]
 POLYNOMIAL = 0x1100B
 _ORDER = 2**16 - 1
 _ZERO = 2 * _ORDER  # "logarithm" of 0: whatever is added to it, the table says 0
+_AT_ONCE = 32  # secrets: their t x t differences stay in the cache
 
 
 def _tables() -> tuple[Elements, npt.NDArray[np.int32]]:
@@ -61,27 +62,31 @@ def split(
     return tuple(row.tobytes() for row in (values ^ elements).astype("<u2"))
 
 
-@lru_cache(maxsize=256)
-def _log_weights(coordinates: tuple[int, ...]) -> npt.NDArray[np.int32]:
-    """Logarithms `[t, 1]` of the Lagrange coefficients at 0: the product of x_j / (x_j - x_i) over j."""
-    x = np.array(coordinates)
-    differences = _LOG[x[:, None] ^ x[None, :]]
-    np.fill_diagonal(differences, 0)
-    log_x = _LOG[x]
-    weights = (log_x.sum() - log_x - differences.sum(axis=1)) % _ORDER
-    return np.asarray(weights, np.int32)[:, None]
-
-
-def combine(coordinates: tuple[int, ...], shares: Sequence[bytes]) -> bytes:
+def combine(coordinates: Sequence[int], shares: Sequence[bytes]) -> bytes:
     """The secret from exactly threshold shares, one per coordinate.
 
-    Holders that repeat (a complete graph has one set of them) cost their coefficients once. Raises
-    `BadShare` for coordinates that are not distinct or shares of different lengths; a share that is simply
+    Raises `BadShare` for coordinates that are not distinct or shares of different lengths; a share that is simply
     wrong gives a wrong secret, so callers check the secret against what was committed to.
     """
-    if len(set(coordinates)) != len(shares) or len({len(share) for share in shares}) != 1:
-        raise BadShare("shares do not belong together", got=len(shares))
-    rows = np.frombuffer(b"".join(shares), "<u2").reshape(len(shares), -1)
-    terms = _POWER[_LOG[rows] + _log_weights(coordinates)]
-    secret: Elements = np.bitwise_xor.reduce(terms, axis=0)
-    return secret.astype("<u2").tobytes()
+    return combine_all([coordinates], [shares])[0]
+
+
+def combine_all(
+    coordinates: Sequence[Sequence[int]], shares: Sequence[Sequence[bytes]]
+) -> list[bytes]:
+    """Secrets of one size and threshold t, each from t coordinates and shares as in `combine`, many at once."""
+    for mine, given in zip(coordinates, shares, strict=True):
+        if len(set(mine)) != len(given) or len({len(share) for share in given}) != 1:
+            raise BadShare("shares do not belong together", got=len(given))
+    secrets: list[bytes] = []
+    for start in range(0, len(shares), _AT_ONCE):
+        x = np.array(coordinates[start : start + _AT_ONCE], np.uint16)
+        together = b"".join(chain.from_iterable(shares[start : start + _AT_ONCE]))
+        values = np.frombuffer(together, "<u2").reshape(*x.shape, -1)
+        # Logarithms of the Lagrange coefficients at 0: the product of x_j / (x_j - x_i) over all other j. Where
+        # j is i, the "logarithm" of the difference 0 is a multiple of the order and so changes nothing.
+        log_x, differences = _LOG[x], _LOG[x[:, :, None] ^ x[:, None, :]].sum(axis=2)
+        weights = (log_x.sum(axis=1, keepdims=True) - log_x - differences) % _ORDER
+        terms = _POWER[_LOG[values] + weights[:, :, None]]
+        secrets += [row.astype("<u2").tobytes() for row in np.bitwise_xor.reduce(terms, axis=1)]
+    return secrets

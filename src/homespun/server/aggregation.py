@@ -1,4 +1,4 @@
-"""Aggregation: from the sum of a round to the next checkpoint, and how contributions are encoded for it."""
+"""Aggregation: from the sums of a round to the next checkpoint, and how contributions are encoded for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from homespun.learning.contribution import Aggregate, ContributionCodec
 from homespun.learning.metrics import paired_names
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.manifest import Manifest
-from homespun.protocol.frame import decode_contribution, frame_size
-from homespun.protocol.messages import Encoding, TaskKind
+from homespun.protocol.frame import decode_contribution, frame_size, masked_frame_size
+from homespun.protocol.messages import Aggregation, Encoding, TaskKind, checkpoints_hash
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView
+from homespun.rng import derive_seed
+from homespun.secagg.messages import Terms
 from homespun.server.blobs import Blobs
 from homespun.server.library import Library
 from homespun.server.store.records import RoundRecord, RoundResult, TaskRecord, Trained
@@ -21,21 +23,30 @@ from homespun.tensors import codec as tensors
 from homespun.types import FloatArray, Hash
 
 
-def encoding(spec: TaskSpec, manifest: Manifest) -> Encoding:
-    """How devices turn what they have into integers. Evaluation carries metrics only, every device alike."""
+def round_seed(spec: TaskSpec, number: int, attempt: int) -> int:
+    """Public randomness of a round attempt."""
+    return derive_seed(spec.seed, number, attempt)
+
+
+def encoding(spec: TaskSpec, manifest: Manifest, seed: int) -> Encoding:
+    """How devices turn what they have into integers. Evaluation carries metrics only, every device alike.
+
+    `seed`: of the round attempt.
+    """
     train = spec.kind is TaskKind.TRAIN
     return Encoding(
         bits=spec.bits,
         clip_norm=manifest.clip_norm if train else 1.0,
         max_weight=manifest.max_weight if train else 0,
-        max_group=spec.cohort_size,
+        max_group=spec.max_group,
+        rotation_seed=derive_seed(seed, "rotation") if train and spec.rotate else None,
     )
 
 
-def contribution_codec(spec: TaskSpec, manifest: Manifest) -> ContributionCodec:
-    """The codec that both ends of a task use."""
+def contribution_codec(spec: TaskSpec, manifest: Manifest, seed: int) -> ContributionCodec:
+    """The codec that both ends of a round attempt with this seed use."""
     metrics = ("loss", *manifest.metrics)
-    how = encoding(spec, manifest)
+    how = encoding(spec, manifest, seed)
     train = spec.kind is TaskKind.TRAIN
     return ContributionCodec(
         dimension=manifest.num_parameters if train else 0,
@@ -44,12 +55,43 @@ def contribution_codec(spec: TaskSpec, manifest: Manifest) -> ContributionCodec:
         metrics=metrics if train else paired_names(metrics, len(spec.checkpoints)),
         max_group=how.max_group,
         bits=how.bits,
+        rotation_seed=how.rotation_seed,
     )
 
 
-def report_size(codec: ContributionCodec) -> int:
-    """Bytes of a report body."""
-    return frame_size(codec.bits, len(codec.aux_names), codec.dimension)
+def report_size(spec: TaskSpec, codec: ContributionCodec) -> int:
+    """Bytes of a report body: of a contribution, or of a masked one."""
+    size = masked_frame_size if spec.aggregation is Aggregation.SECURE else frame_size
+    return size(codec.bits, len(codec.aux_names), codec.dimension)
+
+
+def group_terms(
+    task: TaskRecord, base: Hash, number: int, attempt: int, codec: ContributionCodec
+) -> Terms:
+    """What all groups of a round attempt compute, and how well they are protected."""
+    spec = task.spec
+    return Terms(
+        task=spec.name,
+        round_number=number,
+        attempt=attempt,
+        checkpoint_hash=checkpoints_hash(round_checkpoints(spec, base)),
+        plan_hash=spec.plan_hash,
+        bits=codec.bits,
+        dimension=codec.dimension,
+        num_aux=len(codec.aux_names),
+        schema=codec.schema,
+        clip=codec.clip,
+        n_min=spec.min_group,
+        n_max=codec.max_group,
+        corrupt_fraction=spec.groups.corrupt_fraction,
+        drop_out_fraction=spec.groups.drop_out_fraction,
+        adversary=spec.groups.adversary,
+    )
+
+
+def round_checkpoints(spec: TaskSpec, base: Hash) -> tuple[Hash, ...]:
+    """What a device of a round downloads: the base to train from, or all that are to be evaluated."""
+    return (base,) if spec.kind is TaskKind.TRAIN else spec.checkpoints
 
 
 def chain(parent: Hash | None, checkpoint: Hash, number: int) -> Hash:
@@ -68,24 +110,24 @@ def task_scope(private: Blobs, task_id: str) -> Blobs:
 
 
 def aggregate(record: RoundRecord, library: Library, blobs: Blobs, private: Blobs) -> Trained:
-    """Turn the stored sum into the round's result; its blobs are durable, nothing refers to them yet.
+    """Turn the stored sums into the round's result; its blobs are durable, nothing refers to them yet.
 
-    The same sum gives the same bytes, so a crash and a second try change nothing. Raises `NumericFailure` when
+    The same sums give the same bytes, so a crash and a second try change nothing. Raises `NumericFailure` when
     the sum cannot be used.
     """
     task = record.task
     manifest = library.manifest(task.spec.plan_hash)
-    codec = contribution_codec(task.spec, manifest)
-    if record.sum_snapshot is None:
-        raise NumericFailure("there is no sum")
-    total = decode_contribution(round_scope(private, record.round_id).get(record.sum_snapshot))
+    seed = round_seed(task.spec, record.number, record.attempt)
+    codec = contribution_codec(task.spec, manifest, seed)
+    scope = round_scope(private, record.round_id)
+    sums = [decode_contribution(scope.get(address)) for address in record.sums]
     if task.spec.kind is TaskKind.EVALUATE:
-        return Trained(None, None, None, _result(codec.decode(total), record))
+        return Trained(None, None, None, _result(codec.decode(*sums), record))
     optimizer = server_optimizer(task.spec.optimizer.name, task.spec.optimizer.settings)
     algorithm = Algorithm(manifest.shapes, codec, optimizer)
     parameters = library.checkpoint(record.base)
     moved, state, totals = algorithm.server_update(
-        parameters, _state(task, private) or optimizer.init(parameters), total
+        parameters, _state(task, private) or optimizer.init(parameters), *sums
     )
     result = _result(totals, record)
     checkpoint = blobs.put(tensors.encode_tree(moved))

@@ -53,6 +53,7 @@ def create_app(settings: Settings, clock: Clock) -> Starlette:
             deployment.notices.close()
             await running
             await deployment.intake.drain()
+            await deployment.groups.drain()
             deployment.store.close()
 
     async def health(_: Request) -> JSONResponse:

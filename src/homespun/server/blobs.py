@@ -13,11 +13,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from homespun.errors import NotFound, StorageFailure, TooLarge
+from homespun.errors import HomespunError, NotFound, StorageFailure, TooLarge
 from homespun.tensors.codec import digest, is_hash
 from homespun.types import Hash
 
@@ -144,6 +144,12 @@ class LocalBlobs:
         if not is_hash(address):
             raise NotFound(f"{address[:80]!r} is not the address of a blob")
         return self._root / address
+
+
+def discard(blobs: Blobs, address: Hash) -> None:
+    """Forget a snapshot that nothing refers to; what cannot be deleted now goes with its scope."""
+    with suppress(HomespunError):
+        blobs.delete(address)
 
 
 @contextmanager

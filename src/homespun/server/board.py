@@ -12,12 +12,16 @@ from homespun.protocol.messages import (
     Offer,
     ReleaseNotice,
     RetryWindow,
-    TaskKind,
 )
 from homespun.protocol.round import RoundState
 from homespun.protocol.selection import in_bucket
 from homespun.protocol.views import TaskState
-from homespun.server.aggregation import contribution_codec, report_size
+from homespun.server.aggregation import (
+    contribution_codec,
+    report_size,
+    round_checkpoints,
+    round_seed,
+)
 from homespun.server.blobs import Blobs
 from homespun.server.library import Library
 from homespun.server.store import Store
@@ -83,7 +87,8 @@ class Board:
     def _offer(self, record: RoundRecord) -> tuple[int, Offer]:
         spec = record.task.spec
         manifest = self._library.manifest(spec.plan_hash)
-        checkpoints = round_checkpoints(record.task, record.base)
+        codec = contribution_codec(spec, manifest, round_seed(spec, record.number, record.attempt))
+        checkpoints = round_checkpoints(spec, record.base)
         offer = Offer(
             task_id=record.task.task_id,
             task_name=spec.name,
@@ -95,14 +100,9 @@ class Board:
             aggregation=spec.aggregation,
             min_group=spec.min_group,
             download_bytes=sum(self._blobs.size(h) for h in (spec.plan_hash, *checkpoints)),
-            upload_bytes=report_size(contribution_codec(spec, manifest)),
+            upload_bytes=report_size(spec, codec),
         )
         return manifest.format, offer
-
-
-def round_checkpoints(task: TaskRecord, base: str) -> tuple[str, ...]:
-    """What a device of a round downloads: the base to train from, or all that are to be evaluated."""
-    return (base,) if task.spec.kind is TaskKind.TRAIN else task.spec.checkpoints
 
 
 def _retries(tasks: list[TaskRecord]) -> dict[str, RetryWindow]:

@@ -14,6 +14,7 @@ from homespun.protocol.messages import RetryWindow
 from homespun.server.auth import Doorkeeper
 from homespun.server.blobs import Blobs, LocalBlobs
 from homespun.server.board import Board
+from homespun.server.groups import GroupDesk
 from homespun.server.intake import ByteBudget, Intake
 from homespun.server.keys import Keys, load_keys
 from homespun.server.library import Library
@@ -40,6 +41,7 @@ class Deployment:
     doorkeeper: Doorkeeper
     notices: Notices
     intake: Intake
+    groups: GroupDesk
     scheduler: Scheduler
     uploads: ByteBudget
 
@@ -65,6 +67,14 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
     desk = ReleaseDesk(store, library, keys)
     notices = Notices()
     intake = Intake(store, private, settings, lambda: notices.ring(SCHEDULER))
+    groups = GroupDesk(
+        store=store,
+        library=library,
+        private=private,
+        settings=settings,
+        notices=notices,
+        clock=clock,
+    )
     scheduler = Scheduler(
         store=store,
         library=library,
@@ -73,6 +83,7 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
         board=board,
         desk=desk,
         intake=intake,
+        groups=groups,
         notices=notices,
         clock=clock,
     )
@@ -90,6 +101,7 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
         doorkeeper=Doorkeeper(store, clock, keys),
         notices=notices,
         intake=intake,
+        groups=groups,
         scheduler=scheduler,
         uploads=ByteBudget(settings.upload_memory),
     )

@@ -14,31 +14,26 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import structlog
-
-from homespun.errors import HomespunError
 from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.protocol.frame import decode_contribution, frame_parts
 from homespun.server.aggregation import round_scope
-from homespun.server.blobs import Blobs
+from homespun.server.batches import Batches
+from homespun.server.blobs import Blobs, discard
 from homespun.server.settings import Settings
 from homespun.server.store import Store
 from homespun.server.store.records import Recorded
 from homespun.types import Hash
 
-log = structlog.get_logger()
-
 
 @dataclass(frozen=True, eq=False)
 class _Upload:
-    """A checked contribution that waits for its group; `done` becomes True when durable, False when refused."""
+    """A checked contribution."""
 
     receipt_id: Hash
     digest: Hash
     contribution: Contribution
-    done: asyncio.Future[bool]
 
 
 @dataclass
@@ -47,9 +42,7 @@ class _Sum:
 
     round_id: int
     codec: ContributionCodec
-    queue: deque[_Upload] = field(default_factory=deque)
-    full: asyncio.Event = field(default_factory=asyncio.Event)
-    worker: asyncio.Task[None] | None = None
+    batches: Batches[_Upload, bool]
     total: Contribution | None = None
     snapshot: Hash | None = None
 
@@ -78,16 +71,8 @@ class Intake:
 
         Raises `StorageFailure` when it could not be made durable; then it is not in the sum.
         """
-        running = self._sums.setdefault(round_id, _Sum(round_id, codec))
-        upload = _Upload(
-            receipt_id, digest, contribution, asyncio.get_running_loop().create_future()
-        )
-        running.queue.append(upload)
-        if len(running.queue) >= self._settings.group_size:
-            running.full.set()
-        if running.worker is None:
-            running.worker = asyncio.create_task(self._work(running))
-        return await upload.done
+        running = self._sums.get(round_id) or self._begin(round_id, codec)
+        return await running.batches.add(_Upload(receipt_id, digest, contribution))
 
     def keep(self, round_ids: Collection[int]) -> None:
         """Drop the sums of all other rounds from memory."""
@@ -96,33 +81,18 @@ class Intake:
 
     async def drain(self) -> None:
         """Wait for the groups that are under way."""
-        workers = [running.worker for running in self._sums.values() if running.worker is not None]
-        await asyncio.gather(*workers)
+        await asyncio.gather(*(running.batches.drain() for running in self._sums.values()))
 
-    async def _work(self, running: _Sum) -> None:
-        while running.queue:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.group_s):
-                    await running.full.wait()
-            size = min(len(running.queue), self._settings.group_size)
-            group = [running.queue.popleft() for _ in range(size)]
-            if len(running.queue) < self._settings.group_size:
-                running.full.clear()
-            try:
-                accepted, due = await asyncio.to_thread(self._commit, running, group)
-            except HomespunError as error:
-                log.warning("reports not taken", round_id=running.round_id, reason=error.message)
-                _fail(group, error)
-            except Exception as error:  # the worker must go on; every upload learns of it
-                log.exception("reports not taken", round_id=running.round_id)
-                _fail(group, error)
-            else:
-                for upload in group:
-                    if not upload.done.done():
-                        upload.done.set_result(upload in accepted)
-                if due:
-                    self._on_due()
-        running.worker = None
+    def _begin(self, round_id: int, codec: ContributionCodec) -> _Sum:
+        async def commit(group: list[_Upload]) -> list[bool]:
+            accepted, due = await asyncio.to_thread(self._commit, running, group)
+            if due:
+                self._on_due()
+            return [upload in accepted for upload in group]
+
+        running = _Sum(round_id, codec, Batches(commit, self._settings))
+        self._sums[round_id] = running
+        return running
 
     def _commit(self, running: _Sum, group: list[_Upload]) -> tuple[list[_Upload], bool]:
         """Make a group durable, leaving out what the store refuses. Runs in a worker thread."""
@@ -149,10 +119,10 @@ class Intake:
             if isinstance(outcome, Recorded):
                 previous, running.snapshot = running.snapshot, snapshot
                 if previous is not None:
-                    _discard(scope, previous)
+                    discard(scope, previous)
                 return list(fresh.values()), outcome.due
             running.total = None
-            _discard(scope, snapshot)
+            discard(scope, snapshot)
             for refused in outcome.receipt_ids:
                 del fresh[refused]
         return [], False
@@ -204,15 +174,3 @@ class ByteBudget:
             if not turn.done():
                 self._free -= wanted
                 turn.set_result(None)
-
-
-def _fail(group: list[_Upload], error: Exception) -> None:
-    for upload in group:
-        if not upload.done.done():
-            upload.done.set_exception(error)
-
-
-def _discard(scope: Blobs, snapshot: Hash) -> None:
-    """Forget a snapshot that nothing refers to; what cannot be deleted now goes with the round."""
-    with contextlib.suppress(HomespunError):
-        scope.delete(snapshot)

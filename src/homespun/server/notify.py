@@ -24,6 +24,11 @@ def round_topic(task_id: str, number: int) -> str:
     return f"round {task_id} {number}"
 
 
+def group_topic(group_id: int) -> str:
+    """A group asks something new, or is over."""
+    return f"group {group_id}"
+
+
 class Bell:
     """Remembers that it was rung until it is waited for."""
 

@@ -18,6 +18,7 @@ from homespun.protocol.round import RoundEvent, due
 from homespun.server.aggregation import aggregate, task_scope
 from homespun.server.blobs import Blobs
 from homespun.server.board import Board
+from homespun.server.groups import GroupDesk
 from homespun.server.intake import Intake
 from homespun.server.library import Library
 from homespun.server.notify import EVENTS, SCHEDULER, Notices, population_topic, round_topic
@@ -41,6 +42,7 @@ class Scheduler:
         board: Board,
         desk: ReleaseDesk,
         intake: Intake,
+        groups: GroupDesk,
         notices: Notices,
         clock: Clock,
     ) -> None:
@@ -51,6 +53,7 @@ class Scheduler:
         self._board = board
         self._desk = desk
         self._intake = intake
+        self._groups = groups
         self._notices = notices
         self._clock = clock
         self._turn = asyncio.Lock()
@@ -69,6 +72,7 @@ class Scheduler:
     async def settle(self) -> None:
         """Carry out everything that is due now, then tell those who wait."""
         async with self._turn:
+            await self._groups.settle()
             topics = await asyncio.to_thread(self._advance)
             if topics:
                 await self.publish(*topics)
@@ -77,6 +81,7 @@ class Scheduler:
         """Something in the database changed: write the board anew, then wake who waits for it."""
         live = await asyncio.to_thread(self._look_again)
         self._intake.keep(live)
+        self._groups.keep(live)
         self._notices.ring(*topics, EVENTS)
 
     def _look_again(self) -> set[int]:
@@ -147,6 +152,8 @@ class Scheduler:
                 rounds.select(round_id, now)
             case RoundEvent.CLOSE:
                 rounds.close(round_id, now)
+            case RoundEvent.UNMASK:
+                rounds.unmask(round_id)
             case RoundEvent.ABANDON:
                 view = record.view
                 reason = f"{view.num_reported} reports; at least {view.minimum} are needed"

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from homespun.cli.demo.fleet import Process
+from homespun.cli.demo.vanishing import EXIT_CODE as VANISHED
 from homespun.clock import Clock
 from homespun.corpora.sources import UserText
 from homespun.device.conditions import Span
@@ -37,6 +38,13 @@ SCRIPTS = (
 )
 """Of the first devices: not charging, in use, on a metered network, picked up now and then."""
 
+VANISHING = ("advertise-keys", "share-keys", "mask-input")
+"""The next devices vanish once, each right after another step of secure aggregation, and miss the rest of it."""
+SWITCHED_OFF_S = 15.0
+
+MIN_GROUP = 5
+"""Fewest devices in a sum. Fewer than the 10 that devices insist on by default: there are only 30 of them here."""
+
 
 @dataclass
 class DemoDevice:
@@ -46,11 +54,33 @@ class DemoDevice:
     root: Path
     seed: int
     script: tuple[Span, ...] = ()
+    vanish_after: str = ""
+    back_at: float = 0.0
     process: Process = field(init=False)
 
     def __post_init__(self) -> None:
-        command = ("device", "run", "--dir", str(self.root), "--until-eof")
-        self.process = Process(f"device {self.name}", command, self.root.with_suffix(".log"))
+        self.process = Process(
+            f"device {self.name}", self._command(), self.root.with_suffix(".log")
+        )
+
+    def _command(self, *options: str) -> tuple[str, ...]:
+        return ("device", "run", "--dir", str(self.root), "--until-eof", *options)
+
+    def start(self) -> None:
+        """Begin; a device that is to vanish does so in its first group."""
+        if self.vanish_after:
+            self.process.command = self._command("--vanish-after", self.vanish_after)
+            self.process.may_end_with = VANISHED
+        self.process.start()
+
+    def come_back(self, now: float) -> None:
+        """If the device has vanished, as it was meant to, it is switched on again after a while."""
+        if self.process.exit_code != VANISHED:
+            return
+        self.back_at = self.back_at or now + SWITCHED_OFF_S
+        if now >= self.back_at:
+            self.process.command = self._command()
+            self.process.start()
 
     @property
     def name(self) -> str:
@@ -119,7 +149,7 @@ def enrol(
         settings = Settings(
             server=server,
             population=population,
-            policy=Policy(allow_plain=True),
+            policy=Policy(min_group=MIN_GROUP),
             conditions=device.script,
             transient_error=RETRY_WHEN_AWAY,
             poll_s=POLL_S,

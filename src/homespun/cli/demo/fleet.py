@@ -21,11 +21,15 @@ STOP_S = 8.0
 
 @dataclass
 class Process:
-    """A `homespun` command running in the background, its output in `log`."""
+    """A `homespun` command running in the background, its output in `log`.
+
+    `may_end_with`: an exit code that is no failure.
+    """
 
     name: str
     command: Sequence[str]
     log: Path
+    may_end_with: int | None = None
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def start(self) -> None:
@@ -51,7 +55,7 @@ class Process:
 
     def check(self) -> None:
         """Raise, with the last words of its log, if it has ended by itself."""
-        if self.exit_code is not None:
+        if self.exit_code not in (None, self.may_end_with):
             words = self.log.read_text(errors="replace").strip().splitlines()[-3:]
             raise HomespunError(
                 f"{self.name} ended with exit code {self.exit_code}: {' / '.join(words)}",

@@ -12,7 +12,8 @@ from rich.status import Status
 from homespun.cli.demo.devices import DemoDevice
 from homespun.cli.demo.ingredients import People
 from homespun.cli.output import out, percent, print_table, size
-from homespun.cli.tasks import metric, share
+from homespun.cli.tasks import dropped_out, metric, share
+from homespun.protocol.group import GroupState
 from homespun.protocol.views import RoundSummary
 from homespun.types import Hash
 
@@ -61,11 +62,12 @@ class Screen:
         testers: Sequence[DemoDevice],
     ) -> None:
         away = [device.name for device in devices if device.script]
-        self.say(
-            "devices",
-            f"{len(trainers)} may train, the other {len(testers)} only test"
-            + (f"; {', '.join(away)} scripted away for a while" if away else ""),
-        )
+        vanishing = [device.name for device in devices if device.vanish_after]
+        self.say("devices", f"{len(trainers)} may train, the other {len(testers)} only test")
+        if away:
+            self.say("", f"{', '.join(away)} are scripted away for a while")
+        if vanishing:
+            self.say("", f"{', '.join(vanishing)} will vanish once in the middle of a sum")
 
     def round(
         self,
@@ -87,8 +89,9 @@ class Screen:
         eta = "" if eta_s is None else f"  ETA {int(eta_s // 60)}:{int(eta_s % 60):02d}"
         self.say(
             "  round",
-            f"{name}  {view.num_reported:>2} of {view.num_assigned} reported  "
-            f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  "
+            f"{name}  {view.num_reported:>2} of {view.num_assigned} reported"
+            + (f", {lost} lost  " if (lost := sum(dropped_out(view))) else "  ")
+            + f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  "
             f"{size(traffic[0]):>8} up {size(traffic[1]):>8} down{eta}"
             + (f"  refused: {refused}" if refused else ""),
         )
@@ -116,6 +119,23 @@ class Screen:
         print_table(columns, rows, "")
         tokens = evaluation.metrics["0.top1"].count
         self.say("", f"{tokens:,.0f} held-out words; a word outside the vocabulary counts as wrong")
+
+    def groups(self, rounds: Sequence[RoundSummary]) -> None:
+        """What the server did with the reports: it opened sums, and nothing else."""
+        opened = [g for view in rounds for g in view.groups if g.state is GroupState.OPENED]
+        lost = [dropped_out(view) for view in rounds]
+        before, between, after = (sum(counts) for counts in zip(*lost, strict=True))
+        out.print()
+        self.say(
+            "secure",
+            f"{len(opened)} sums opened, each of at least {min(g.num_masked for g in opened)} devices; "
+            f"the server saw no single one of their {sum(g.num_masked for g in opened)} reports",
+        )
+        self.say(
+            "drop-outs",
+            f"{before} before sharing keys, {between} before masking: masks recovered from the others; "
+            f"{after} after it: still in the sum",
+        )
 
     def traffic(self, devices: Sequence[DemoDevice]) -> None:
         """Bytes per device over the whole run."""

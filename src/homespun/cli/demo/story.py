@@ -19,7 +19,9 @@ import msgspec
 from homespun.cli.client import OperatorClient, connect
 from homespun.cli.demo import ingredients
 from homespun.cli.demo.devices import (
+    MIN_GROUP,
     SCRIPTS,
+    VANISHING,
     DemoDevice,
     cast,
     enrol,
@@ -38,7 +40,7 @@ from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.protocol.messages import Bucket, Criteria, RetryWindow, TaskKind
 from homespun.protocol.release import ReleaseState
-from homespun.protocol.tasks import OptimizerSpec, TaskSpec
+from homespun.protocol.tasks import GroupSpec, OptimizerSpec, TaskSpec
 from homespun.protocol.views import ReleaseView, RoundSummary, TaskView
 from homespun.tensors import codec
 from homespun.types import Hash, Tree
@@ -53,6 +55,7 @@ POOL_SHARE = 0.75
 MIN_EXAMPLES = 20
 TEST_SHARE = 0.27
 RETRY = RetryWindow(earliest_s=1.0, latest_s=2.0)
+GROUPS = GroupSpec(step_s=3.0)
 OPTIMIZER = OptimizerSpec(name="FedAdam", settings={"learning_rate": 0.03})
 OPENINGS = ("thank you for the", "this is the", "return a new", "if the file")
 PATIENCE_S = 120.0
@@ -104,6 +107,8 @@ def play(settings: Settings, directory: Path, *, fresh: bool) -> int:
     if not settings.exact:
         for device, script in zip(trainers, SCRIPTS, strict=False):
             device.script = script
+        for device, step in zip(trainers[len(SCRIPTS) :], VANISHING, strict=False):
+            device.vanish_after = step
     screen.people(people, ingredients.num_words_known(plan))
     with running_server(directory / "server") as (server, client):
         screen.say("server", client.url)
@@ -124,9 +129,11 @@ def play(settings: Settings, directory: Path, *, fresh: bool) -> int:
             shipped = release(stage, trained.head, "trained", tested.task_id)
             screen.say("release", describe(shipped))
             serving = wait_until_served(stage, trained.head) if shipped.state == DEPLOYED else 0
+        rounds = [*client.rounds(trained.task_id), *client.rounds(tested.task_id)]
         (evaluation,) = [view for view in client.rounds(tested.task_id) if view.metrics]
     # The server is gone now: what follows happens on the devices, offline.
     screen.results(evaluation, trained.head)
+    screen.groups(rounds)
     screen.traffic(devices)
     screen.suggestions(testers[:3], OPENINGS)
     return verdict(stage, evaluation, serving, directory)
@@ -203,7 +210,7 @@ def running(devices: Sequence[DemoDevice]) -> Iterator[None]:
     """Every device's process; stopped when the block ends."""
     try:
         for device in devices:
-            device.process.start()
+            device.start()
         yield
     finally:
         stop_all([device.process for device in devices])
@@ -239,6 +246,8 @@ def train(stage: Stage, initial: Hash, bucket: Bucket, trainers: Sequence[DemoDe
         selection_s=PATIENCE_S if settings.exact else SELECTION_S,
         deadline_s=PATIENCE_S,
         retry=RETRY,
+        min_group=MIN_GROUP,
+        groups=GROUPS,
         criteria=Criteria(min_examples=MIN_EXAMPLES, bucket=bucket),
         optimizer=OPTIMIZER,
         seed=settings.seed,
@@ -259,6 +268,8 @@ def train(stage: Stage, initial: Hash, bucket: Bucket, trainers: Sequence[DemoDe
 
 def tick(stage: Stage) -> None:
     """Between two looks at the server: are all alive, who is doing what."""
+    for device in stage.devices:
+        device.come_back(stage.clock.now())
     stage.check()
     stage.screen.live(stage.devices)
 
@@ -280,6 +291,8 @@ def test(
         selection_s=30.0,
         deadline_s=PATIENCE_S,
         retry=RETRY,
+        min_group=MIN_GROUP,
+        groups=GROUPS,
         criteria=Criteria(min_examples=1, bucket=bucket),
         seed=stage.settings.seed,
     )

@@ -11,34 +11,43 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from homespun.errors import Expired, HomespunError, NotFound, ReportConflict
+from homespun.errors import Conflict, Expired, HomespunError, NotFound, ReportConflict
 from homespun.learning.contribution import Contribution, ContributionCodec
-from homespun.protocol.frame import decode_contribution
+from homespun.protocol.frame import decode_contribution, decode_masked_input
 from homespun.protocol.messages import (
     Abort,
+    Aggregation,
     Assigned,
     CheckIn,
     Claim,
     ClaimReply,
     Enroll,
     Enrolled,
+    GroupReply,
     Receipt,
     Rejected,
     ReportState,
     RetryWindow,
+    Settled,
     Waiting,
     decode,
     encode,
 )
 from homespun.protocol.selection import in_bucket
 from homespun.protocol.signing import device_id
-from homespun.rng import derive_seed
-from homespun.server.aggregation import contribution_codec, encoding, report_size
+from homespun.secagg.messages import AdvertiseKeys, Agree, ShareKeys, Unmask
+from homespun.server.aggregation import (
+    contribution_codec,
+    encoding,
+    report_size,
+    round_checkpoints,
+    round_seed,
+)
 from homespun.server.api.requests import read_body, read_exactly
 from homespun.server.auth import decode_key, require_member
-from homespun.server.board import round_checkpoints
 from homespun.server.deployment import Deployment
-from homespun.server.notify import SCHEDULER, population_topic, round_topic
+from homespun.server.group import Answer
+from homespun.server.notify import SCHEDULER, group_topic, population_topic, round_topic
 from homespun.server.store.records import (
     ClaimAnswer,
     DeviceRecord,
@@ -52,6 +61,13 @@ from homespun.tensors.codec import digest
 
 CHUNK = 2**20
 CLAIM_GRACE_S = 15.0
+_STEPS: dict[str, type[Answer]] = {  # of the masked input, which is not JSON, see `mask_input`
+    "advertise-keys": AdvertiseKeys,
+    "share-keys": ShareKeys,
+    "agree": Agree,
+    "unmask": Unmask,
+}
+_PREFER_WAIT = re.compile(r"wait=(\d{1,4})\Z")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -69,6 +85,9 @@ class DeviceApi:
             Route("/v1/claim", self.claim, methods=["POST"]),
             Route("/v1/blobs/{hash}", self.blob, methods=["GET"]),
             Route("/v1/assignments/{id}/report", self.report, methods=["PUT"]),
+            Route("/v1/assignments/{id}/group", self.group, methods=["GET"]),
+            Route("/v1/assignments/{id}/group/mask-input", self.mask_input, methods=["PUT"]),
+            Route("/v1/assignments/{id}/group/{step}", self.answer, methods=["PUT"]),
             Route("/v1/assignments/{id}/abort", self.abort, methods=["POST"]),
             Route("/v1/assignments/{id}", self.receipt, methods=["GET"]),
             Route("/v1/releases/{population}/{slot}", self.release, methods=["GET"]),
@@ -151,6 +170,7 @@ class DeviceApi:
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
         spec = task.spec
+        seed = round_seed(spec, message.round_number, message.attempt)
         if isinstance(answer, Gathered):
             # Soon enough to be still waiting when the draw comes.
             return Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=CLAIM_GRACE_S / 3))
@@ -162,10 +182,10 @@ class DeviceApi:
             round_number=message.round_number,
             attempt=message.attempt,
             plan_hash=spec.plan_hash,
-            checkpoints=round_checkpoints(task, answer.base),
-            encoding=encoding(spec, self._home.library.manifest(spec.plan_hash)),
+            checkpoints=round_checkpoints(spec, answer.base),
+            encoding=encoding(spec, self._home.library.manifest(spec.plan_hash), seed),
             aggregation=spec.aggregation,
-            seed=derive_seed(spec.seed, message.round_number, message.attempt),
+            seed=seed,
             deadline_s=max(0.0, answer.deadline_at - self._home.clock.now()),
         )
 
@@ -174,8 +194,9 @@ class DeviceApi:
     async def report(self, request: Request) -> Response:
         assignment = request.path_params["id"]
         device = await self._home.doorkeeper.device(request)
-        expected, codec = await asyncio.to_thread(self._reporting, assignment, device)
-        receipt, size = expected.receipt, report_size(codec)
+        expected = await self._reporting(assignment, device, Aggregation.PLAIN)
+        codec = await self._codec(expected)
+        receipt, size = expected.receipt, report_size(expected.task.spec, codec)
         async with self._home.uploads.hold(size):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
@@ -194,6 +215,64 @@ class DeviceApi:
                 # It was settled since we looked: by the fence, the device itself, or the same report.
                 receipt = (await self._expectation(assignment, device)).receipt
         return _json(_settled(receipt, body_hash))
+
+    # --- secure aggregation -----------------------------------------------------------------------
+
+    async def group(self, request: Request) -> Response:
+        device, _ = await self._signed(request)
+        expected = await self._reporting(request.path_params["id"], device, Aggregation.SECURE)
+        return await self._asked(request, device, expected)
+
+    async def answer(self, request: Request) -> Response:
+        kind = _STEPS.get(request.path_params["step"])
+        if kind is None:
+            raise NotFound("there is no such step", hint=f"one of: mask-input, {', '.join(_STEPS)}")
+        device, body = await self._signed(request)
+        expected = await self._reporting(request.path_params["id"], device, Aggregation.SECURE)
+        message: Answer = decode(body, kind)
+        await self._home.groups.answer(expected, device.public_key, message)
+        return await self._asked(request, device, expected)
+
+    async def mask_input(self, request: Request) -> Response:
+        assignment = request.path_params["id"]
+        device = await self._home.doorkeeper.device(request)
+        expected = await self._reporting(assignment, device, Aggregation.SECURE)
+        codec = await self._codec(expected)
+        size = report_size(expected.task.spec, codec)
+        async with self._home.uploads.hold(size):
+            body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
+            body_hash = await asyncio.to_thread(digest, body)
+            self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
+            shape = codec.bits, len(codec.aux_names), codec.dimension
+            masked = await asyncio.to_thread(decode_masked_input, body, *shape)
+            await self._home.groups.answer(expected, device.public_key, masked, body_hash)
+            del body, masked
+        return await self._asked(request, device, expected)
+
+    async def _asked(
+        self, request: Request, device: DeviceRecord, expected: Expectation
+    ) -> Response:
+        """What is asked of the device next, as soon as there is something or its patience is over."""
+        match = _PREFER_WAIT.match(request.headers.get("prefer", ""))
+        wait_s = min(float(match[1]) if match else 0.0, self._home.settings.max_wait_s)
+        until = _loop_time() + wait_s
+        while True:
+            if expected.group_id is None:
+                expected = await self._expectation(expected.receipt.assignment_id, device)
+            topic = round_topic(expected.task.task_id, expected.number)
+            if expected.group_id is not None:
+                topic = group_topic(expected.group_id)
+            with self._home.notices.listen(topic) as bell:
+                reply: GroupReply | None = await self._home.groups.ask(expected, device.public_key)
+                if reply is None:
+                    expected = await self._expectation(expected.receipt.assignment_id, device)
+                    if expected.group_id is None:
+                        continue  # the group is void, it may join another
+                    reply = Settled(receipt=expected.receipt)
+                if not isinstance(reply, Waiting) or not await bell.wait(until - _loop_time()):
+                    return _json(reply)
+
+    # --- what became of it ------------------------------------------------------------------------
 
     async def receipt(self, request: Request) -> Response:
         device, _ = await self._signed(request)
@@ -268,12 +347,22 @@ class DeviceApi:
         await asyncio.to_thread(self._home.store.reports.void, assignment, reason)
         self._home.notices.ring(SCHEDULER)  # nobody else may be left to wait for
 
-    def _reporting(
-        self, assignment: str, device: DeviceRecord
-    ) -> tuple[Expectation, ContributionCodec]:
-        expected = self._home.store.reports.expectation(assignment, device.device_id)
+    async def _reporting(
+        self, assignment: str, device: DeviceRecord, aggregation: Aggregation
+    ) -> Expectation:
+        """An assignment that is reported in this way. Raises `Conflict` for one of the other aggregation."""
+        expected = await self._expectation(assignment, device)
+        if expected.task.spec.aggregation is not aggregation:
+            raise Conflict(f"reports of this task are aggregated {expected.task.spec.aggregation}")
+        return expected
+
+    async def _codec(self, expected: Expectation) -> ContributionCodec:
+        """How a report is encoded."""
         spec = expected.task.spec
-        return expected, contribution_codec(spec, self._home.library.manifest(spec.plan_hash))
+        manifest = await asyncio.to_thread(self._home.library.manifest, spec.plan_hash)
+        return contribution_codec(
+            spec, manifest, round_seed(spec, expected.number, expected.attempt)
+        )
 
     async def _checked(
         self, assignment: str, codec: ContributionCodec, body: bytearray

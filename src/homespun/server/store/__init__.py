@@ -11,6 +11,7 @@ from homespun.server.store.claims import Claims
 from homespun.server.store.database import Database
 from homespun.server.store.enrolment import Enrolment
 from homespun.server.store.events import Events
+from homespun.server.store.groups import Groups
 from homespun.server.store.releases import Releases
 from homespun.server.store.reports import Reports
 from homespun.server.store.rounds import Rounds
@@ -29,6 +30,7 @@ class Store:
         self.rounds = Rounds(self.database)
         self.claims = Claims(self.database)
         self.reports = Reports(self.database)
+        self.groups = Groups(self.database)
         self.releases = Releases(self.database)
         self.events = Events(self.database)
 

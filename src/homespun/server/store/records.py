@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -10,9 +11,10 @@ import msgspec
 from msgspec import Meta
 from sqlalchemy import Row
 
+from homespun.protocol.group import GroupState, GroupView
 from homespun.protocol.messages import Message, Name, Receipt, Sha256
 from homespun.protocol.release import ReleaseState
-from homespun.protocol.round import RoundView
+from homespun.protocol.round import RoundState, RoundView
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import Evidence, MetricView, ReleaseView, TaskState, TaskView
 from homespun.server.store.schema import tasks
@@ -65,16 +67,59 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """A live round: what `protocol.round.due` looks at, and what its events need."""
+    """A live round: what `protocol.round.due` looks at, and what its events need.
+
+    `sums`: snapshots of what was added up, of the whole round or of each opened group.
+    """
 
     round_id: int
     task: TaskRecord
     number: int
     attempt: int
     base: Hash
-    sum_snapshot: Hash | None
+    sums: tuple[Hash, ...]
     checkpoint: Hash | None
     view: RoundView
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """A group that is not over: what `protocol.group.due` looks at, and what its events need."""
+
+    group_id: int
+    round_id: int
+    task: TaskRecord
+    round_number: int
+    attempt: int
+    base: Hash
+    snapshot: Hash | None
+    view: GroupView
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """How many devices took each step so far; the names are columns of `schema.groups`."""
+
+    num_devices: int
+    num_shared: int
+    num_masked: int
+    num_agreed: int
+    num_unmasked: int
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What a group commit makes durable.
+
+    `state`: after it, with `deadline_at` if it is another one; `joined`: assignments that joined; `digests`:
+    receipt id -> digest of the masked reports that are in the sum now.
+    """
+
+    state: GroupState
+    counts: GroupCounts
+    deadline_at: float | None = None
+    joined: tuple[str, ...] = ()
+    digests: Mapping[Hash, Hash] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +154,12 @@ class Expectation:
 
     round_id: int
     task: TaskRecord
+    number: int
+    attempt: int
+    base: Hash
+    state: RoundState
     deadline_at: float
+    group_id: int | None
     receipt: Receipt
 
 

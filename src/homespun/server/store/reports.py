@@ -7,9 +7,9 @@ contribution that was acknowledged is in the sum exactly once, whenever the serv
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from homespun.errors import NotAllowed, NotFound
 from homespun.protocol.messages import Receipt, ReportState
@@ -20,11 +20,42 @@ from homespun.server.store.schema import assignments, receipts, rounds, tasks
 from homespun.types import Hash
 
 _CONTEXT = b"homespun-receipt-v1\n"
+_AT_ONCE = 10_000  # values in one statement; databases allow about three times as many
 
 
 def receipt_id(assignment_id: str) -> Hash:
     """What remains of an assignment id when the round is over."""
     return hashlib.sha256(_CONTEXT + assignment_id.encode()).hexdigest()
+
+
+def not_expected(connection: Connection, receipt_ids: Collection[Hash]) -> frozenset[Hash]:
+    """Those of the receipts that are settled already."""
+    settled, asked = set(receipt_ids), list(receipt_ids)
+    for start in range(0, len(asked), _AT_ONCE):
+        expected = select(receipts.c.receipt_id).where(
+            receipts.c.receipt_id.in_(asked[start : start + _AT_ONCE]),
+            receipts.c.state == ReportState.EXPECTED,
+        )
+        settled -= set(connection.scalars(expected))
+    return frozenset(settled)
+
+
+def acknowledge(connection: Connection, digests: Mapping[Hash, Hash]) -> None:
+    """EXPECTED -> ACKNOWLEDGED. `digests`: receipt id -> digest of the report's body."""
+    connection.execute(
+        update(receipts)
+        .where(receipts.c.receipt_id == bindparam("id"))
+        .values(state=ReportState.ACKNOWLEDGED, digest=bindparam("body")),
+        [{"id": receipt, "body": digest} for receipt, digest in digests.items()],
+    )
+
+
+def num_expected(connection: Connection, round_id: int) -> int:
+    """Devices of a round that have neither reported nor given up."""
+    query = select(func.count()).where(
+        receipts.c.round_id == round_id, receipts.c.state == ReportState.EXPECTED
+    )
+    return connection.execute(query).scalar_one()
 
 
 class Reports:
@@ -42,9 +73,14 @@ class Reports:
         query = (
             select(
                 receipts,
+                rounds.c.number,
+                rounds.c.attempt,
+                rounds.c.base,
+                rounds.c.state.label("round_state"),
                 rounds.c.deadline_at,
                 rounds.c.checkpoint,
                 assignments.c.device_id,
+                assignments.c.group_id,
                 *(column.label(f"task_{column.name}") for column in tasks.c),
             )
             .join(rounds, rounds.c.round_id == receipts.c.round_id)
@@ -62,7 +98,12 @@ class Reports:
         return Expectation(
             round_id=row.round_id,
             task=task_record(row, "task_"),
+            number=row.number,
+            attempt=row.attempt,
+            base=row.base,
+            state=RoundState(row.round_state),
             deadline_at=row.deadline_at,
+            group_id=row.group_id,
             receipt=Receipt(
                 assignment_id=assignment_id,
                 state=state,
@@ -98,33 +139,16 @@ class Reports:
                 return Refused(frozenset(digests))
             if row.sum_snapshot != previous:
                 return Refused(frozenset())
-            expected = set(
-                connection.scalars(
-                    select(receipts.c.receipt_id).where(
-                        receipts.c.receipt_id.in_(digests),
-                        receipts.c.state == ReportState.EXPECTED,
-                    )
-                )
-            )
-            if len(expected) < len(digests):
-                return Refused(frozenset(digests.keys() - expected))
-            connection.execute(
-                update(receipts)
-                .where(receipts.c.receipt_id == bindparam("id"))
-                .values(state=ReportState.ACKNOWLEDGED, digest=bindparam("body")),
-                [{"id": receipt, "body": digest} for receipt, digest in digests.items()],
-            )
+            if settled := not_expected(connection, digests):
+                return Refused(settled)
+            acknowledge(connection, digests)
             num_reported = row.num_reported + len(digests)
             connection.execute(
                 update(rounds)
                 .where(rounds.c.round_id == round_id)
                 .values(sum_snapshot=snapshot, num_reported=num_reported)
             )
-            num_open = connection.execute(
-                select(func.count()).where(
-                    receipts.c.round_id == round_id, receipts.c.state == ReportState.EXPECTED
-                )
-            ).scalar_one()
+            num_open = num_expected(connection, round_id)
             return Recorded(due=num_reported >= decode_spec(row.spec).goal or num_open == 0)
 
     def void(self, assignment_id: str, reason: str) -> None:

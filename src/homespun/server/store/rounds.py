@@ -14,13 +14,21 @@ import msgspec
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from homespun.errors import Conflict
-from homespun.protocol.messages import ReportState, TaskKind
+from homespun.protocol.group import GroupState
+from homespun.protocol.messages import Aggregation, ReportState, TaskKind
 from homespun.protocol.round import ROUND, RoundEvent, RoundState, RoundView
 from homespun.protocol.selection import draw
 from homespun.protocol.views import RoundSummary, TaskState
 from homespun.server.store.catalogue import grant, insert_checkpoint
 from homespun.server.store.database import Database
 from homespun.server.store.events import add_event
+from homespun.server.store.groups import (
+    count_groups,
+    end_groups,
+    forget_groups,
+    group_summaries,
+    opened_sums,
+)
 from homespun.server.store.records import (
     RoundRecord,
     RoundResult,
@@ -28,7 +36,7 @@ from homespun.server.store.records import (
     decode_spec,
     task_record,
 )
-from homespun.server.store.reports import receipt_id
+from homespun.server.store.reports import num_expected, receipt_id
 from homespun.server.store.schema import assignments, claims, receipts, rounds, tasks
 from homespun.types import Hash
 
@@ -144,11 +152,17 @@ class Rounds:
                 .values(state=ReportState.LATE, reason="the round had closed")
             )
             num_late = connection.execute(late).rowcount
+            end_groups(connection, round_id, "the round had closed", (GroupState.ADVERTISE_KEYS,))
             _set(connection, round_id, closed_at=now, num_late=num_late)
             _event(connection, row, "round.closed", now, f"{row.num_reported} reports")
 
+    def unmask(self, round_id: int) -> None:
+        """CLOSING -> UNMASKING: whatever its groups bring is all there will be."""
+        with self._database.write() as connection:
+            _moved(connection, round_id, RoundEvent.UNMASK)
+
     def aggregate(self, round_id: int, trained: Trained) -> None:
-        """CLOSING -> AGGREGATED: the result is stored, not yet public."""
+        """CLOSING or UNMASKING -> AGGREGATED: the result is stored, not yet public."""
         with self._database.write() as connection:
             _moved(connection, round_id, RoundEvent.AGGREGATE)
             _set(
@@ -247,6 +261,7 @@ def end_round(connection: Connection, round_id: int, state: RoundState, reason: 
         .where(receipts.c.round_id == round_id, receipts.c.state.in_(unsettled))
         .values(state=ReportState.VOID, reason=reason)
     )
+    end_groups(connection, round_id, reason)
     _set(
         connection,
         round_id,
@@ -263,6 +278,7 @@ def end_round(connection: Connection, round_id: int, state: RoundState, reason: 
 def _forget_devices(connection: Connection, round_id: int) -> None:
     connection.execute(delete(claims).where(claims.c.round_id == round_id))
     connection.execute(delete(assignments).where(assignments.c.round_id == round_id))
+    forget_groups(connection, round_id)
     _set(connection, round_id, sum_snapshot=None)
 
 
@@ -296,23 +312,24 @@ def num_waiting(connection: Connection, round_id: int, now: float) -> int:
     return connection.execute(query).scalar_one()
 
 
-def _num_open(connection: Connection, round_id: int) -> int:
-    query = select(func.count()).where(
-        receipts.c.round_id == round_id, receipts.c.state == ReportState.EXPECTED
-    )
-    return connection.execute(query).scalar_one()
-
-
 def _record(connection: Connection, row: Row[Any], now: float) -> RoundRecord:
     state = RoundState(row.state)
     task = task_record(row, "task_")
+    secure = task.spec.aggregation is Aggregation.SECURE
+    if state is RoundState.RUNNING and not secure:
+        counts = {"num_open": num_expected(connection, row.round_id)}
+    elif state in (RoundState.RUNNING, RoundState.UNMASKING):
+        counts = count_groups(connection, row, now)
+    else:
+        counts = {"num_open": 0}
+    plain_sum = () if row.sum_snapshot is None else (row.sum_snapshot,)
     return RoundRecord(
         round_id=row.round_id,
         task=task,
         number=row.number,
         attempt=row.attempt,
         base=row.base,
-        sum_snapshot=row.sum_snapshot,
+        sums=opened_sums(connection, row.round_id) if secure else plain_sum,
         checkpoint=row.checkpoint,
         view=RoundView(
             state=state,
@@ -326,8 +343,9 @@ def _record(connection: Connection, row: Row[Any], now: float) -> RoundRecord:
                 num_waiting(connection, row.round_id, now) if state is RoundState.OPEN else 0
             ),
             num_assigned=row.num_assigned,
-            num_open=_num_open(connection, row.round_id) if state is RoundState.RUNNING else 0,
             num_reported=row.num_reported,
+            secure=secure,
+            **counts,
         ),
     )
 
@@ -364,4 +382,5 @@ def _summary(connection: Connection, row: Row[Any], now: float) -> RoundSummary:
         weight=result.weight,
         clipped_share=result.clipped_share,
         metrics=result.metrics,
+        groups=group_summaries(connection, row.round_id),
     )

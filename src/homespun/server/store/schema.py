@@ -178,6 +178,26 @@ Index(
     postgresql_where=_COMMITTED,
 )
 
+groups = Table(
+    "groups",
+    metadata,
+    Column("group_id", Integer, primary_key=True, comment="Internal."),
+    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Which round."),
+    Column("number", Integer, nullable=False, comment="From 1, in its round."),
+    Column("state", String(16), nullable=False, comment="See protocol.group."),
+    Column("deadline_at", Float, nullable=False, comment="When waiting for this step ends."),
+    Column("num_devices", Integer, nullable=False, comment="Devices that joined."),
+    Column("num_shared", Integer, nullable=False, comment="That shared their keys."),
+    Column("num_masked", Integer, nullable=False, comment="Whose masked reports are in the sum."),
+    Column("num_agreed", Integer, nullable=False, comment="That signed the survivors."),
+    Column("num_unmasked", Integer, nullable=False, comment="That helped to open the sum."),
+    Column("snapshot", HASH, comment="All of it, while it lasts; private blob. Server only."),
+    Column("total", HASH, comment="Its opened sum; private blob. Server only."),
+    Column("reason", Text, nullable=False, comment="Why it came to nothing, for people."),
+    UniqueConstraint("round_id", "number"),
+    comment="Devices of a round that are summed together, masked. Operators: figures only.",
+)
+
 claims = Table(
     "claims",
     metadata,
@@ -193,6 +213,7 @@ assignments = Table(
     Column("assignment_id", ID, primary_key=True, comment="Random; the device's ticket."),
     Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Which round."),
     Column("device_id", ID, nullable=False, comment="Whose ticket."),
+    Column("group_id", ForeignKey("groups.group_id"), comment="Where it is summed, if it joined."),
     UniqueConstraint("round_id", "device_id"),
     comment="The cohort; emptied when the round ends. Server, and each device its own.",
 )
