@@ -21,12 +21,18 @@ from homespun import errors
 from homespun.learning import contribution, fedavg, fedopt
 from homespun.learning.optimizers import ServerOptimizer
 from homespun.protocol import frame, messages, signing, tasks
+from homespun.protocol.group import GROUP
 from homespun.protocol.machine import Machine
 from homespun.protocol.release import RELEASE
 from homespun.protocol.round import ROUND
 from homespun.protocol.session import SESSION
+from homespun.secagg import device as secagg_device
+from homespun.secagg import graph
+from homespun.secagg import messages as secagg
 
 DOCS = Path(__file__).parent
+_UNBOUNDED = 1e9
+"""A bound from here on only keeps numbers readable in every language; the tables leave it out."""
 
 WIRE = (
     messages.Enroll,
@@ -37,6 +43,7 @@ WIRE = (
     messages.Assigned,
     messages.Waiting,
     messages.Rejected,
+    messages.Settled,
     messages.Receipt,
     messages.Abort,
     messages.SignedRelease,
@@ -54,8 +61,26 @@ PARTS = (
 )
 """Records inside messages."""
 
+STEPS = (
+    secagg.Terms,
+    secagg.AdvertiseKeys,
+    secagg.ShareKeysRequest,
+    secagg.ShareKeys,
+    secagg.MaskInputRequest,
+    secagg.MaskedInput,
+    secagg.AgreeRequest,
+    secagg.Agree,
+    secagg.UnmaskRequest,
+    secagg.Unmask,
+)
+"""Secure aggregation: for each step what the server asks, then what the device answers."""
+
+STEP_PARTS = (secagg.RosterEntry,)
+"""Records inside those."""
+
 TASK = (
     tasks.TaskSpec,
+    tasks.GroupSpec,
     tasks.OptimizerSpec,
     messages.Criteria,
     messages.Bucket,
@@ -77,6 +102,7 @@ COMMON = {
     "slot": "which model of the app",
     "sequence": "of the slot's releases; only grows",
     "retry": "when to come back",
+    "survivors": "U3, bitmap",
 }
 """Fields that mean the same wherever they occur. A record's docstring comes first."""
 
@@ -105,6 +131,12 @@ def type_in_words(info: types.Type) -> str:
             return " or ".join(type_in_words(option) for option in options)
         case types.NoneType():
             return "null"
+        case types.BoolType():
+            return "boolean"
+        case types.BytesType(min_length=low, max_length=high):
+            if high is None:
+                return "bytes"
+            return f"{high} bytes" if low == high else f"at most {high} bytes"
         case types.EnumType(cls=cls):
             return " or ".join(f'`"{member.value}"`' for member in cls)
         case types.LiteralType(values=values):
@@ -119,18 +151,29 @@ def type_in_words(info: types.Type) -> str:
             patterns = {_pattern(messages.Name): "name", _pattern(messages.Sha256): "SHA-256"}
             word = patterns.get(pattern or "", "text")
             return f"{word}, at most {max_length} characters" if max_length else word
-        case types.IntType(ge=low):
-            return _at_least("integer", low)
-        case types.FloatType(ge=low, gt=above, le=high):
-            if high is not None and high < 1e9:
-                return f"number from {low:g} to {high:g}"
-            return f"number > {above:g}" if above is not None else _at_least("number", low)
+        case types.IntType(ge=low, le=high, lt=above):
+            return _between("integer", low, None, above - 1 if above else high, None)
+        case types.FloatType(ge=low, gt=below, le=high, lt=above):
+            return _between("number", low, below, high, above)
         case _:
             raise TypeError(f"no words for {info}")
 
 
-def _at_least(word: str, low: float | None) -> str:
-    return word if low is None else f"{word} >= {low:g}"
+def _between(
+    word: str, low: float | None, below: float | None, high: float | None, above: float | None
+) -> str:
+    """`word` with its bounds: `low` and `high` are allowed, `below` and `above` are not."""
+    if high is not None and high >= _UNBOUNDED:
+        high = None
+    least = f">= {low:g}" if low is not None else f"> {below:g}" if below is not None else ""
+    most = f"<= {_plain(high)}" if high is not None else f"< {above:g}" if above is not None else ""
+    if low is not None and high is not None:
+        return f"{word} from {low:g} to {_plain(high)}"
+    return " ".join((word, ", ".join(filter(None, (least, most))))).strip()
+
+
+def _plain(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
 def _pattern(annotated: Any) -> str:
@@ -173,6 +216,7 @@ def constants() -> str:
     rows = (
         ("protocol version", f"{messages.PROTOCOL_VERSION}", "the `v1` of every path"),
         ("report magic", f"`{frame.MAGIC.decode()}`", "first bytes of a report"),
+        ("masked magic", f"`{frame.MASKED_MAGIC.decode()}`", "first bytes of a masked input"),
         (
             "auxiliary scale",
             f"{contribution.AUX_SCALE:.0f}",
@@ -180,6 +224,11 @@ def constants() -> str:
         ),
         ("auxiliary limit", f"{contribution.AUX_LIMIT:.0f}", "largest auxiliary value of a device"),
         ("largest group", f"{contribution.MAX_GROUP}", "contributions in one sum"),
+        ("smallest group", f"{secagg_device.SMALLEST_GROUP}", "devices of a masked sum"),
+        ("suite", f"`{secagg.SUITE}`", "the cryptography of secure aggregation"),
+        ("complete graph", f"{graph.COMPLETE_UP_TO}", "devices of a group without a ring"),
+        ("security", f"{graph.SECURITY_BITS} bits", "chance that a ring is not secret"),
+        ("correctness", f"{graph.CORRECTNESS_BITS} bits", "chance that a ring cannot be opened"),
         ("clock skew", f"{signing.MAX_SKEW_S:.0f} s", "between `Homespun-Time` and the server"),
     )
     lines = ["| constant | value | what it bounds |", "|---|---|---|"]
@@ -215,9 +264,11 @@ REGIONS: dict[str, Callable[[], str]] = {
     "constants": constants,
     "messages": lambda: records(WIRE, "###"),
     "parts": lambda: records(PARTS, "###"),
+    "steps": lambda: records(STEPS + STEP_PARTS, "####"),
     "errors": error_codes,
     "session": lambda: diagram(SESSION),
     "round": lambda: diagram(ROUND),
+    "group": lambda: diagram(GROUP),
     "release": lambda: diagram(RELEASE),
 }
 

@@ -10,7 +10,6 @@ import pytest
 from homespun.errors import InvalidConfig
 from homespun.protocol.messages import Aggregation, TaskKind
 from homespun.protocol.tasks import parse
-from homespun.secagg.graph import Adversary
 
 MINIMAL = {
     "name": "words",
@@ -47,7 +46,7 @@ def test_the_same_task_in_toml():
 
     [groups]
     size = 15
-    adversary = "semi_honest"
+    step_s = 5
 
     [criteria]
     requires = ["idle"]
@@ -60,7 +59,7 @@ def test_the_same_task_in_toml():
     task = parse(tomllib.loads(text % ("a" * 64, "b" * 64)))
     assert (task.cohort_size, task.pool_size, task.selection_s) == (20, 40, 30.0)
     assert (task.groups.size, task.max_group) == (15, 10)  # two groups, as even as can be
-    assert task.groups.adversary is Adversary.SEMI_HONEST
+    assert task.groups.step_s == 5
     assert task.criteria.requires == ("idle",)
     assert task.optimizer.settings == {"learning_rate": 0.1}
 
@@ -113,7 +112,7 @@ def test_a_sum_is_over_the_cohort_or_over_a_group():
         ({"groups": {"size": 2}}, "groups.size"),
         ({"groups": {"step_s": 0}}, "groups.step_s"),
         ({"groups": {"corrupt_fraction": 1.0}}, "groups.corrupt_fraction"),
-        ({"groups": {"adversary": "nobody"}}, "groups.adversary"),
+        ({"groups": {"corrupt_fraction": 0.04}}, "groups.corrupt_fraction"),  # devices would refuse
         ({"seed": -1}, "seed"),
         ({"seed": 2**53}, "seed"),
         ({"deadline": 5}, "unknown field `deadline`"),
@@ -139,6 +138,13 @@ def test_a_field_that_is_wrong_is_named(changes, says):
         (
             {"goal": 200, "groups": {"size": 200, "drop_out_fraction": 0.5}},
             "no ring of this size bears such losses",
+        ),
+        (
+            {
+                "goal": 1000,
+                "groups": {"size": 1000, "corrupt_fraction": 0.2, "drop_out_fraction": 0.3},
+            },
+            "too many neighbours",
         ),
         ({"retry": {"earliest_s": 5, "latest_s": 4}}, "retry window ends before it begins"),
         ({"criteria": {"requires": ["chargin"]}}, "condition 'chargin'.*one of: idle, charging"),

@@ -30,6 +30,10 @@ from homespun.secagg.graph import Adversary, choose_shape
 from homespun.secagg.messages import Fraction
 
 
+MAX_NEIGHBOURS = 500
+"""Of a device in its group. Each costs it a key agreement, a mask over the whole vector, and a share to send."""
+
+
 class OptimizerSpec(Message, frozen=True, kw_only=True):
     """A server optimizer and its settings. `name`: which one; `settings`: those that differ from its defaults."""
 
@@ -41,16 +45,15 @@ class GroupSpec(Message, frozen=True, kw_only=True):
     """How securely aggregated reports are grouped and how well a group is protected.
 
     `size`: most devices of a group; `step_s`: longest that a step waits for its devices; `corrupt_fraction`:
-    share of the devices that may work together with the server; `drop_out_fraction`: share that may be lost in
-    groups of more than 64 (smaller ones bear just under a third); `adversary`: whether the server may lie about who
-    survived.
+    share of the devices that may work together with a server that lies about who survived (devices insist on
+    0.05); `drop_out_fraction`: share that may be lost in groups of more than 64 (smaller ones bear just under a
+    third).
     """
 
     size: Annotated[int, Meta(ge=3, le=10_000)] = 100
     step_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
-    corrupt_fraction: Fraction = 0.1
+    corrupt_fraction: Annotated[float, Meta(ge=0.05, lt=1)] = 0.1
     drop_out_fraction: Fraction = 0.2
-    adversary: Adversary = Adversary.SEMI_MALICIOUS
 
 
 class TaskSpec(Message, frozen=True, kw_only=True):
@@ -144,9 +147,19 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             raise InvalidConfig(
                 "groups.size is below min_group", expected=f">= {self.min_group}", got=groups.size
             )
-        choose_shape(
-            self.max_group, groups.corrupt_fraction, groups.drop_out_fraction, groups.adversary
+        shape = choose_shape(
+            self.max_group,
+            groups.corrupt_fraction,
+            groups.drop_out_fraction,
+            Adversary.SEMI_MALICIOUS,
         )
+        if shape.degree > MAX_NEIGHBOURS:
+            raise InvalidConfig(
+                "every device would have too many neighbours",
+                hint="make groups.size, corrupt_fraction or drop_out_fraction smaller",
+                expected=f"<= {MAX_NEIGHBOURS}",
+                got=shape.degree,
+            )
 
     @property
     def cohort_size(self) -> int:

@@ -141,6 +141,8 @@ class LiveGroup:
             except (SecureAggregationError, InvalidConfig) as error:  # no sum can come of it
                 self._group = None
                 self._store.groups.void(record.group_id, error.message, self._clock.now())
+                if self._snapshot is not None:
+                    discard(self._scope, self._snapshot)
                 log.warning("group void", round_id=record.round_id, reason=error.message)
             moved = True
 
