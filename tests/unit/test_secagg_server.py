@@ -233,22 +233,43 @@ def test_the_sum_opens_as_soon_as_every_secret_does():
     assert (main.tolist(), aux.tolist()) == world.plain_sum(range(7))
 
 
-@pytest.mark.parametrize("owner", [2, 6])
-def test_a_wrong_share_is_noticed(owner):
-    """Of a survivor's seed, by its commitment; of a lost device's mask key, by the public one."""
+def with_wrong_shares(num_answers: int, liars: tuple[int, ...], owners: tuple[int, ...]) -> World:
+    """Seven devices of which the last is lost before masking; `liars` give wrong shares of `owners`' secrets."""
     world = World(7).up_to("mask_input")
     for step in ("mask_input", "agree"):
         world.run_step(step, range(6))
-    for index in range(6):
+    for index in range(num_answers):
         answer = world.answer("unmask", index)
-        if index == 1:
+        if index in liars:
             shares = list(answer.shares)
-            shares[owner] = bytes(32)
+            for owner in owners:
+                shares[owner] = bytes([index]) * 32
             answer = replace(answer, shares=tuple(shares))
         world.group.unmask(index, answer)
+    return world
+
+
+@pytest.mark.parametrize("owner", [2, 6])
+def test_a_wrong_share_is_noticed(owner):
+    """Of a survivor's seed, by its commitment; of a lost device's mask key, by the public one."""
+    world = with_wrong_shares(5, (1,), (owner,))
+    assert world.group.can_open()
     with pytest.raises(BadShare, match="another secret") as caught:
         world.group.open_sum()
     assert caught.value.details["device"] == owner
+
+
+@pytest.mark.parametrize("liar", range(6))
+def test_one_device_with_wrong_shares_does_no_harm_if_another_answers(liar):
+    world = with_wrong_shares(6, (liar,), tuple(range(7)))
+    main, aux = world.group.open_sum()
+    assert (main.tolist(), aux.tolist()) == world.plain_sum(range(6))
+
+
+def test_more_wrong_shares_than_spare_ones_open_nothing():
+    world = with_wrong_shares(6, (0, 4), (2,))
+    with pytest.raises(BadShare, match="another secret"):
+        world.group.open_sum()
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 50])

@@ -29,7 +29,6 @@ from homespun.protocol.round import cohort_size
 from homespun.secagg.graph import Adversary, choose_shape
 from homespun.secagg.messages import Fraction
 
-
 MAX_NEIGHBOURS = 500
 """Of a device in its group. Each costs it a key agreement, a mask over the whole vector, and a share to send."""
 

@@ -308,7 +308,7 @@ class Group:
         """The sum of the survivors' vectors, without masks; the running sums stay as they are.
 
         `map_parts` may run `num_parts` parts at once, each with sums of its own. Raises `TooManyDropOuts`
-        when a secret has too few shares, `BadShare` when one does not fit what its owner committed to.
+        when a secret has too few shares, `BadShare` when too many of them are wrong.
         """
         self._need(Step.UNMASK)
         secrets = self._open_secrets()
@@ -324,7 +324,7 @@ class Group:
         return main, aux
 
     def _open_secrets(self) -> list[Secret]:
-        """Survivors' seeds and lost devices' mask keys, each from the first t shares of it."""
+        """Survivors' seeds and lost devices' mask keys, each from t shares of it."""
         given: dict[int, dict[int, bytes]] = {owner: {} for owner in sorted(self.state.shared)}
         for holder, answer in sorted(self.state.unmasked.items()):
             for owner, share in zip(self._owners(holder), answer.shares, strict=True):
@@ -336,23 +336,39 @@ class Group:
             [list(shares)[:t] for shares in given.values()],
             [list(shares.values())[:t] for shares in given.values()],
         )
-        return [self._check_secret(*opened) for opened in zip(given, secrets, strict=True)]
+        return [
+            Secret(
+                owner,
+                secret if self._fits(owner, secret) else self._open_again(owner, given[owner]),
+                self._pairs(owner),
+            )
+            for owner, secret in zip(given, secrets, strict=True)
+        ]
 
-    def _check_secret(self, owner: int, secret: bytes) -> Secret:
-        """Raise `BadShare` unless it is what its owner committed to."""
-        pairs: tuple[tuple[int, bytes], ...] = ()
+    def _open_again(self, owner: int, shares: dict[int, bytes]) -> bytes:
+        """Some holder gave a wrong share: try other t of them, in turn. Raises `BadShare` when none fit."""
+        coordinates = list(shares)
+        for start in range(1, len(coordinates)):
+            chosen = (coordinates[start:] + coordinates[:start])[: self.graph.shape.threshold]
+            secret = shamir.combine(chosen, [shares[coordinate] for coordinate in chosen])
+            if self._fits(owner, secret):
+                return secret
+        raise BadShare("shares give another secret than was committed to", device=owner)
+
+    def _fits(self, owner: int, secret: bytes) -> bool:
+        """Whether it is what its owner committed to."""
         if owner in self.state.masked:
-            expected = self.state.shared[owner].commitment
-            found = commitment(self.transcript, owner, secret)
-        else:
-            expected = self.state.roster[owner].s_key
-            key = X25519PrivateKey.from_private_bytes(secret)
-            found = key.public_key().public_bytes_raw()
-            others = [other for other in self.graph.neighbours(owner) if other in self.state.masked]
-            pairs = tuple((other, self.state.roster[other].s_key) for other in others)
-        if found != expected:
-            raise BadShare("shares give another secret than was committed to", device=owner)
-        return Secret(owner, secret, pairs)
+            committed = self.state.shared[owner].commitment
+            return commitment(self.transcript, owner, secret) == committed
+        key = X25519PrivateKey.from_private_bytes(secret)
+        return key.public_key().public_bytes_raw() == self.state.roster[owner].s_key
+
+    def _pairs(self, owner: int) -> tuple[tuple[int, bytes], ...]:
+        """Whose masks a lost device left behind: surviving neighbours and their public mask keys."""
+        if owner in self.state.masked:
+            return ()
+        others = [other for other in self.graph.neighbours(owner) if other in self.state.masked]
+        return tuple((other, self.state.roster[other].s_key) for other in others)
 
     # --- what every step checks -----------------------------------------------------------------------
 

@@ -7,14 +7,17 @@ those do not change any more, so nobody has to wait for the thread that is takin
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
 
 from homespun.clock import Clock
 from homespun.errors import (
+    BadShare,
     Expired,
     HomespunError,
     InvalidConfig,
@@ -39,6 +42,8 @@ Answer = AdvertiseKeys | ShareKeys | MaskedInput | Agree | Unmask
 G = GroupState
 AGAIN = Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=1.0))
 """Others are awaited: ask again."""
+_CORES = os.cpu_count() or 1
+_LONG_VECTOR = 2**20  # bytes
 _LENGTH = struct.Struct("<Q")
 
 
@@ -138,7 +143,9 @@ class LiveGroup:
                 if not group.can_open() and due(record.view, self._clock.now()) is None:
                     return moved, False
                 self._end_step(group, record)
-            except (SecureAggregationError, InvalidConfig) as error:  # no sum can come of it
+            except (SecureAggregationError, InvalidConfig) as error:
+                if isinstance(error, BadShare) and due(record.view, self._clock.now()) is None:
+                    return moved, False  # enough shares, but wrong ones among them: more may come
                 self._group = None
                 self._store.groups.void(record.group_id, error.message, self._clock.now())
                 if self._snapshot is not None:
@@ -165,7 +172,11 @@ class LiveGroup:
         self._save(group, GroupChange(following, _counts(group), deadline_at=now + step_s))
 
     def _open(self, group: Group, now: float) -> None:
-        main, aux = group.open_sum()
+        # Keystreams are made without the interpreter's lock, key agreements with it (decision 0005): threads help
+        # where vectors are long.
+        num_threads = _CORES if group.main.nbytes >= _LONG_VECTOR else 1
+        with ThreadPoolExecutor(num_threads) as pool:
+            main, aux = group.open_sum(pool.map, num_threads)
         total = self._scope.put(*frame_parts(Contribution(main, aux, self._terms.bits)))
         assert self._snapshot is not None
         opened = self._store.groups.open(self.record.group_id, self._snapshot, total, now)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 
+import structlog
+
 from homespun.clock import Clock
 from homespun.errors import Expired, HomespunError, WrongStep
 from homespun.protocol.group import LIVE, due
@@ -27,6 +29,8 @@ from homespun.server.settings import Settings
 from homespun.server.store import Store
 from homespun.server.store.records import Expectation, GroupRecord, TaskRecord
 from homespun.types import Hash
+
+log = structlog.get_logger()
 
 _JOIN_TRIES = 5
 """A group may fill up or close while a device is joining it; then the next one is tried."""
@@ -76,21 +80,31 @@ class GroupDesk:
         does not fit, `Expired` for one that comes too late, `StorageFailure`.
         """
         arrival = Arrival(expected.receipt.assignment_id, identity, answer, digest)
-        if expected.group_id is None and isinstance(answer, AdvertiseKeys):
-            await self._join(expected.round_id, arrival)
-        elif expected.group_id is not None:
+        if expected.group_id is None:
+            open_still = expected.receipt.state is ReportState.EXPECTED
+            if open_still and isinstance(answer, AdvertiseKeys):
+                await self._join(expected.round_id, arrival)
+        else:
             found = await self._find(expected.group_id)
             if found is not None:
                 await found[1].add(arrival)
 
     async def settle(self) -> None:
-        """End the steps whose time is over."""
-        now = self._clock.now()
-        for record in await asyncio.to_thread(self._store.groups.live):
-            if due(record.view, now) is not None:
-                found = await self._find(record.group_id)
-                if found is not None:
-                    await found[1].add(None)  # nobody answered, but the step is over
+        """End the steps whose time is over, and those that this makes due."""
+        failed: set[int] = set()
+        while records := [
+            record
+            for record in await asyncio.to_thread(self._store.groups.live)
+            if record.group_id not in failed and due(record.view, self._clock.now()) is not None
+        ]:
+            for record in records:
+                try:
+                    found = await self._find(record.group_id)
+                    if found is not None:
+                        await found[1].add(None)  # nobody answered, but the step is over
+                except Exception:  # its trouble must not keep other groups and rounds from going on
+                    log.exception("a group cannot go on", round_id=record.round_id)
+                    failed.add(record.group_id)
 
     def keep(self, round_ids: Collection[int]) -> None:
         """Drop the groups of all other rounds; who waits for one of them looks again."""

@@ -72,6 +72,7 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
         "journal_mode = WAL",
         "synchronous = FULL",  # an acknowledged report survives a power cut
         "foreign_keys = ON",
+        "secure_delete = ON",  # what is deleted is overwritten, not only forgotten
         "busy_timeout = 10000",
     ):
         cursor.execute(f"PRAGMA {pragma}")
