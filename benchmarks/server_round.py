@@ -1,4 +1,4 @@
-"""One round's server time and memory as the model grows and the cohort grows.
+"""One plain round's server time and memory as the model grows and the cohort grows.
 
 A real server process is driven over HTTP: enrolment before, then claims, draw, reports, aggregation, commit.
 Time is the processor time of the server process for the round; memory is the largest it was during the round, beyond
@@ -44,6 +44,7 @@ from homespun.plan.package import Plan
 from homespun.protocol import signing
 from homespun.protocol.frame import decode_contribution, encode_contribution
 from homespun.protocol.messages import (
+    Aggregation,
     Assigned,
     Claim,
     ClaimReply,
@@ -56,6 +57,7 @@ from homespun.protocol.messages import (
 from homespun.protocol.tasks import TaskSpec
 from homespun.tensors import codec as tensors
 
+BITS = 32
 CASES = tuple((d, n) for d in (100_000, 1_000_000, 10_000_000) for n in (10, 100, 1000))
 QUICK = ((100_000, 10), (100_000, 100), (1_000_000, 10))
 THREADS = 8
@@ -192,6 +194,9 @@ def measure(dimension: int, cohort: int) -> Measured:
             selection_s=3600,
             deadline_s=36000,
             criteria=Criteria(requires=()),
+            aggregation=Aggregation.PLAIN,
+            bits=BITS,
+            rotate=False,
         )
         task = operate("/tasks", encode(spec))["task_id"]
         codec = ContributionCodec(
@@ -200,6 +205,7 @@ def measure(dimension: int, cohort: int) -> Measured:
             max_weight=plan.manifest.max_weight,
             metrics=("loss", "accuracy"),
             max_group=cohort,
+            bits=BITS,
         )
         body = body_of(codec)
         body_hash = tensors.digest(body)
@@ -244,7 +250,7 @@ def peak(process: psutil.Process) -> float:
 
 def floor(dimension: int, cohort: int) -> float:
     """Seconds to read `cohort` bodies once, hash them and add them up."""
-    codec = ContributionCodec(dimension, 5.0, 100, ("loss", "accuracy"), max(cohort, 2))
+    codec = ContributionCodec(dimension, 5.0, 100, ("loss", "accuracy"), max(cohort, 2), BITS)
     body = body_of(codec)
     incoming = bytearray(len(body))
 
