@@ -39,10 +39,11 @@ from homespun.protocol.frame import masked_frame_size
 from homespun.secagg import device
 from homespun.secagg.device import Demands, Work
 from homespun.secagg.graph import Adversary, Shape, choose_shape
-from homespun.secagg.masks import apply_masks, key_agreement, word
+from homespun.secagg.masks import apply_masks, key_agreement
 from homespun.secagg.messages import MaskedInput, Terms
 from homespun.secagg.server import Group, Sums
 from homespun.secagg.transcript import check_signature, sha256
+from homespun.tensors.packing import word
 
 FLOWER = "flwr==1.41.0"
 BITS = 16

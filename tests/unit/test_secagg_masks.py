@@ -17,9 +17,9 @@ from homespun.secagg.masks import (
     pair_key,
     pairwise_mask,
     self_mask,
-    word,
 )
 from homespun.secagg.transcript import is_signed
+from homespun.tensors.packing import word
 
 T = bytes(range(32))
 KEY = bytes(range(100, 132))

@@ -23,7 +23,6 @@ from homespun.rng import stream
 from homespun.secagg import device
 from homespun.secagg.device import Demands, Work
 from homespun.secagg.graph import Adversary
-from homespun.secagg.masks import word
 from homespun.secagg.messages import (
     AdvertiseKeys,
     Agree,
@@ -38,6 +37,7 @@ from homespun.secagg.messages import (
     UnmaskRequest,
 )
 from homespun.secagg.server import Group
+from homespun.tensors.packing import word
 
 FOLDER = Path(__file__).parent
 STEPS = ("share_keys", "mask_input", "agree", "unmask")

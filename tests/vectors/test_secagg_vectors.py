@@ -11,8 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homespun.secagg import device
-from homespun.secagg.masks import word
 from homespun.secagg.server import Group
+from homespun.tensors.packing import word
 from tests.vectors.secagg import FOLDER, SESSIONS, TRUSTING, make_work, message_of, record
 
 

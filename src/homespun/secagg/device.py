@@ -42,7 +42,6 @@ from homespun.secagg.masks import (
     pair_key,
     pairwise_mask,
     self_mask,
-    word,
 )
 from homespun.secagg.messages import (
     SUITE,
@@ -71,6 +70,7 @@ from homespun.secagg.transcript import (
     members,
     transcript_hash,
 )
+from homespun.tensors.packing import word
 from homespun.types import AnyArray, Hash
 
 SMALLEST_GROUP = 3

@@ -39,11 +39,6 @@ _ZEROS = memoryview(bytes(_SEGMENT))
 _AT_ONCE = 64  # ciphers alive at a time
 
 
-def word(bits: int) -> np.dtype[Any]:
-    """The machine word that holds values modulo 2^bits, 1 <= bits <= 32."""
-    return np.dtype("<u2" if bits <= 16 else "<u4")
-
-
 def hkdf(secret: bytes, salt: bytes, info: bytes, size: int = 32) -> bytes:
     """HKDF-SHA256 (RFC 5869), extract and expand; `size` at most 8160."""
     key = hmac.digest(salt or bytes(32), secret, "sha256")

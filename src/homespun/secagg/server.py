@@ -36,7 +36,7 @@ from homespun.errors import (
 )
 from homespun.secagg import shamir
 from homespun.secagg.graph import Graph, choose_shape
-from homespun.secagg.masks import Mask, apply_masks, opposite, pairwise_mask, self_mask, word
+from homespun.secagg.masks import Mask, apply_masks, opposite, pairwise_mask, self_mask
 from homespun.secagg.messages import (
     AdvertiseKeys,
     Agree,
@@ -63,6 +63,7 @@ from homespun.secagg.transcript import (
     sha256,
     transcript_hash,
 )
+from homespun.tensors.packing import word
 from homespun.types import AnyArray
 
 Sums: TypeAlias = tuple[AnyArray, AnyArray]
