@@ -25,6 +25,8 @@ from homespun.protocol.messages import RetryWindow
 PATIENCE_S = 60.0
 """Far more than anything here takes: a test that needs it has failed."""
 POPULATION = "tests"
+MIN_GROUP = 3
+"""Of tasks and devices here, where there are only a few: the smallest group that there ever is."""
 POLL_S = 2.0
 CLOCK = SystemClock()
 
@@ -118,6 +120,12 @@ class Process:
         self._popen.stdin.close()
         return self._popen.wait(PATIENCE_S)
 
+    def end(self) -> int:
+        """Wait until it ends by itself; the exit code."""
+        code = self._popen.wait(PATIENCE_S)
+        self.stop()
+        return code
+
     def terminate(self) -> tuple[int, float]:
         """Ask it to end; exit code and how many seconds that took."""
         began = time.monotonic()
@@ -194,34 +202,42 @@ class Device:
         seed: int,
         conditions: tuple[Span, ...] = (),
     ) -> Device:
-        """Make `root` a device that holds these examples."""
+        """Make `root` a device that holds these examples, and takes part in no smaller sums than any device does."""
         device = cls(root)
         wanted = Settings(
             server=url,
             population=POPULATION,
-            policy=Policy(allow_plain=True),
+            policy=Policy(min_group=MIN_GROUP),
             conditions=conditions,
             transient_error=RetryWindow(earliest_s=0.2, latest_s=0.5),
             poll_s=POLL_S,
         )
-        settings = enroll(device.home, wanted, token, CLOCK, seed)
-        store = open_examples(device.home, settings)
+        enroll(device.home, wanted, token, CLOCK, seed)
+        device.add(examples)
+        return device
+
+    def add(self, examples: Sequence[dict[str, Any]]) -> None:
+        """Put examples into its store."""
+        store = open_examples(self.home, self.home.settings())
         store.add_many(examples, CLOCK.now())
         store.close()
-        return device
 
     @property
     def device_id(self) -> str:
         return self.home.settings().device_id
 
-    def start(self) -> None:
+    def start(self, *options: object) -> None:
         """Start it, and wait until it has taken its first step."""
         self.home.status_file.unlink(missing_ok=True)
-        self.process = Process(self.log, "device", "run", "--dir", self.home.root)
+        self.process = Process(self.log, "device", "run", "--dir", self.home.root, *options)
         self.process.wait_for(self.home.status_file)
 
     def stop(self) -> None:
         assert self.process.stop() == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        """Whatever process of it there is."""
+        self.process.kill()
 
     def status(self) -> Status:
         """What it tells its owner."""

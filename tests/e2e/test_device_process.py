@@ -1,4 +1,7 @@
-"""A device as a real process: its whole life, what stays of it on the disk, and what it does when things go wrong."""
+"""A device as a real process: its whole life, what stays of it on the disk, and what it does when things go wrong.
+
+It is summed with two synthetic companions, in a population of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ from homespun.server.blobs import LocalBlobs
 from homespun.server.keys import load_keys
 from homespun.server.store import Store
 from homespun.tensors.codec import decode_tree, encode_tree
-from tests.e2e.processes import CLOCK, Device, Server, eventually, homespun, printed
+from tests.e2e.companions import companions
+from tests.e2e.processes import CLOCK, MIN_GROUP, Device, Server, eventually, homespun, printed
 
 PUBLIC = "thank you for the fish and the bread that you gave to the cat"
 CANARY = "zanzibarquokka"
@@ -50,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def make_device(root: Path, server: Server) -> Device:
-    """A device made by commands alone, in a population of its own name, so that one is a cohort."""
+    """A device made by commands alone, in a population of its own name."""
     texts = root.with_suffix(".txt")
     texts.write_text("\n\n".join(f"thank you for the {CANARY} number {n}" for n in range(80)))
     script = root.with_suffix(".json")
@@ -58,7 +62,7 @@ def make_device(root: Path, server: Server) -> Device:
     printed(
         *("device", "enroll", "--dir", root, "--server", server.url, "--seed", 3),
         *("--population", root.name, "--token", server.token(root.name)),
-        *("--allow-plain", "--min-group", 1, "--conditions", script),
+        *("--min-group", MIN_GROUP, "--conditions", script),
         *("--poll-s", 2, "--retry-s", "0.2,0.5"),
     )
     assert "80 added" in printed("device", "add", "--dir", root, "--file", texts)
@@ -75,7 +79,7 @@ def device(server: Server, tmp_path: Path) -> Iterator[Device]:
 
 
 def create_task(server: Server, device: Device, plan_hash: str, name: str = "train") -> TaskView:
-    """One round of training that one device fills."""
+    """One round of training that the device and its companions fill."""
     checkpoint = server.client.push_checkpoint(encode_tree(INITIAL), plan_hash).hash
     spec = TaskSpec(
         name=name,
@@ -83,11 +87,11 @@ def create_task(server: Server, device: Device, plan_hash: str, name: str = "tra
         kind=TaskKind.TRAIN,
         plan_hash=plan_hash,
         checkpoints=(checkpoint,),
-        goal=1,
-        minimum=1,
-        min_group=1,
+        goal=MIN_GROUP,
+        minimum=MIN_GROUP,
+        min_group=MIN_GROUP,
         over_selection=1.0,
-        pool_target=1,
+        pool_target=MIN_GROUP,
         selection_s=NEVER_S,
         deadline_s=NEVER_S,
         retry=RetryWindow(earliest_s=0.1, latest_s=0.2),
@@ -99,7 +103,10 @@ def create_task(server: Server, device: Device, plan_hash: str, name: str = "tra
 def train(server: Server, device: Device, name: str = "train") -> TaskView:
     """A whole round, until the device knows that its report is in the checkpoint."""
     plan_hash = server.client.push_plan(KEYBOARD.to_bytes()).hash
-    task_id = create_task(server, device, plan_hash, name).task_id
+    task = create_task(server, device, plan_hash, name)
+    with companions(server, KEYBOARD) as others:
+        others.take_part(task)
+    task_id = task.task_id
     eventually(lambda: server.client.task(task_id).state == "finished", "the task is finished")
     eventually(lambda: (name, 1, "included") in device.outcomes(), "the receipt is final")
     return server.client.task(task_id)
@@ -313,7 +320,9 @@ def smuggle(server: Server, packed: bytes) -> str:
 def test_a_plan_that_must_not_run_is_refused_and_the_next_one_runs(
     make: Callable[[Server], bytes], why: str, server: Server, device: Device
 ):
-    create_task(server, device, smuggle(server, make(server)), "bad")
+    task = create_task(server, device, smuggle(server, make(server)), "bad")
+    with companions(server, KEYBOARD) as others:
+        others.give_up(task)
     eventually(lambda: "refused_plan" in device.status().refusal_counts, "the plan is refused")
     (session,) = device.status().sessions
     assert (session.task_name, session.outcome) == ("bad", "void")
@@ -331,6 +340,8 @@ def test_a_plan_that_must_not_run_is_refused_and_the_next_one_runs(
 def start_endless_training(server: Server, device: Device) -> TaskView:
     plan_hash = server.client.push_plan(ENDLESS.to_bytes()).hash
     task = create_task(server, device, plan_hash)
+    with companions(server, ENDLESS) as others:
+        others.give_up(task)
     eventually(lambda: device.status().state == "training", "the device trains")
     (session,) = device.home.work.iterdir()
     files = contents(session)
@@ -352,7 +363,7 @@ def test_stopping_in_the_middle_of_training_leaves_nothing(server: Server, devic
         lambda: [r for r in server.client.rounds(task.task_id) if r.state == "abandoned"],
         "the server knows that the device gave up",
     )
-    assert first[0].num_assigned == 1
+    assert (first[0].num_assigned, first[0].groups) == (MIN_GROUP, ())
 
 
 def test_what_a_kill_in_the_middle_of_training_leaves_is_gone_after_the_next_start(

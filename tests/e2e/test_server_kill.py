@@ -1,4 +1,7 @@
-"""A real server process, killed with SIGKILL while reports come in: what it acknowledged is in the sum once."""
+"""A real server process, killed with SIGKILL again and again: what it acknowledged is in the sum once.
+
+Once while plain reports come in, once while groups of secure aggregation go through their steps.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,17 @@ from homespun.clock import SystemClock
 from homespun.learning.algorithm import Algorithm
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.initial import initial_checkpoint
-from homespun.protocol.messages import Assigned, Receipt
-from homespun.protocol.views import Event
+from homespun.protocol.group import GroupState
+from homespun.protocol.messages import Aggregation, Assigned, Receipt, Waiting
+from homespun.protocol.tasks import GroupSpec
+from homespun.protocol.views import Event, TaskView
 from homespun.tensors import codec as tensors
-from tests.fleet.world import POPULATION, Device, World, synthetic_plan
+from tests.fleet.device import POPULATION, Device
+from tests.fleet.member import STEPS, Member
+from tests.fleet.world import World, synthetic_plan
+
+PATIENCE_S = 60.0
+PAUSE_S = 0.1
 
 START = """
 import sys
@@ -31,6 +41,7 @@ from homespun.server.settings import Settings
 serve(Settings(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])))
 """
 NUM_DEVICES = 24
+GROUP_SIZE = 8
 
 
 class RealWorld(World):
@@ -97,20 +108,27 @@ def world(tmp_path: Path):
 
 
 def insist(call):
-    """Do as devices do: repeat until there is an answer."""
-    deadline = time.monotonic() + 60
+    """Do as devices do: repeat until there is an answer, after a pause."""
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return call()
         except httpx.TransportError:
             assert time.monotonic() < deadline, "the server did not come back"
+            time.sleep(PAUSE_S)
 
 
-def test_kill_while_reports_come_in(world: RealWorld):
-    task = world.create_task(goal=NUM_DEVICES, minimum=3)
+def claimed(world: RealWorld, task: TaskView) -> list[Assigned]:
+    """Every device's ticket of the first round."""
     with ThreadPoolExecutor(NUM_DEVICES) as pool:
         tickets = list(pool.map(lambda device: device.claim(task, 1, 1, 20.0), world.devices))
     assert all(isinstance(ticket, Assigned) for ticket in tickets)
+    return tickets
+
+
+def test_kill_while_reports_come_in(world: RealWorld):
+    task = world.create_task(goal=NUM_DEVICES, aggregation=Aggregation.PLAIN)
+    tickets = claimed(world, task)
     acknowledged: list[Receipt] = []
     rng = random.Random(1)
 
@@ -134,8 +152,74 @@ def test_kill_while_reports_come_in(world: RealWorld):
     with ThreadPoolExecutor(NUM_DEVICES + 1) as pool:
         killing = pool.submit(kill_again_and_again)
         list(pool.map(slowly, zip(world.devices, tickets, strict=True)))
-        killing.result(timeout=60)
+        killing.result(PATIENCE_S)
+    assert_all_included(world, task, tickets)
+
+
+def test_kill_while_groups_go_through_their_steps(world: RealWorld):
+    task = world.create_task(
+        goal=NUM_DEVICES,
+        aggregation=Aggregation.SECURE,
+        groups=GroupSpec(size=GROUP_SIZE, step_s=PATIENCE_S),
+    )
+    tickets = claimed(world, task)
+    members = [
+        Member(device, ticket, task.spec.name)
+        for device, ticket in zip(world.devices, tickets, strict=True)
+    ]
+    answered: dict[str, list[int]] = {step: [] for step in STEPS}
+    rng = random.Random(2)
+
+    def kill_in_every_step() -> None:
+        for step in STEPS:
+            while len(answered[step]) < NUM_DEVICES // 3:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.02)
+            world.kill()
+            world.start()
+
+    def take_part(member: Member) -> None:
+        """As `device.runtime` does: what was asked before the connection broke is asked for again, or sent again."""
+        forgetful = random.Random(member.device.index)
+        while not member.through:
+            asked = member.asked
+            try:
+                if asked is None or member.last is None or isinstance(member.last, Waiting):
+                    member.ask(5)
+                else:
+                    step, body = member.answer(member.last)
+                    time.sleep(member.device.index * 0.01)
+                    if forgetful.random() < 0.3:
+                        member.put(step, body)  # the reply is lost on its way
+                    if forgetful.random() < 0.5:
+                        member.send(step, body)
+                    else:
+                        insist(lambda step=step, body=body: member.send(step, body))
+                    answered[step].append(member.device.index)
+            except httpx.TransportError:
+                member.last = None
+                time.sleep(PAUSE_S)
+
+    with ThreadPoolExecutor(NUM_DEVICES + 1) as pool:
+        killing = pool.submit(kill_in_every_step)
+        for taking_part in [pool.submit(take_part, member) for member in members]:
+            taking_part.result(2 * PATIENCE_S)
+        killing.result(PATIENCE_S)
+    assert_all_included(world, task, tickets)
+    (summary,) = world.rounds(task)
+    assert [(group.state, group.num_masked) for group in summary.groups] == [
+        (GroupState.OPENED, GROUP_SIZE)
+    ] * (NUM_DEVICES // GROUP_SIZE)
+    for member, ticket in zip(members, tickets, strict=True):
+        sent = tensors.digest(member.sent["mask-input"])
+        assert member.device.receipt(ticket).digest == sent
+
+
+def assert_all_included(world: RealWorld, task: TaskView, tickets: list[Assigned]) -> None:
+    """The round's checkpoint is of exactly the sum of what all devices have said, and they know."""
+    deadline = time.monotonic() + PATIENCE_S
     while world.task(task).state == "active":
+        assert time.monotonic() < deadline, "the task does not end"
         time.sleep(0.01)
     (summary,) = world.rounds(task)
     assert summary.num_reported == NUM_DEVICES
@@ -148,12 +232,12 @@ def test_kill_while_reports_come_in(world: RealWorld):
 def expected_checkpoint(world: RealWorld, tickets: list[Assigned]) -> str:
     manifest = world.plan.manifest
     codec = world.devices[0].codec(tickets[0])
-    total = codec.empty()
-    for device, ticket in zip(world.devices, tickets, strict=True):
-        codec.add(total, device.contribution(ticket))
-    rule = server_optimizer("FedAvg", {})
-    algorithm = Algorithm(manifest.shapes, codec, rule)
-    parameters, _, _ = algorithm.server_update(initial_checkpoint(manifest, 0), {}, total)
+    contributions = [
+        device.contribution(ticket) for device, ticket in zip(world.devices, tickets, strict=True)
+    ]
+    algorithm = Algorithm(manifest.shapes, codec, server_optimizer("FedAvg", {}))
+    initial = initial_checkpoint(manifest, 0)
+    parameters, _, _ = algorithm.server_update(initial, {}, *contributions)
     return tensors.digest(tensors.encode_tree(parameters))
 
 

@@ -229,6 +229,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 checkpoints=(checkpoint,),
                 goal=3,
                 minimum=3,
+                min_group=3,
             )
         )
     client.stop_task(task.task_id)
@@ -323,10 +324,14 @@ def test_malformed_task_descriptions(server: Server, tmp_path: Path):
         "checkpoints": f'["{good.checkpoints[0]}"]',
         "goal": "3",
         "minimum": "3",
+        "min_group": "3",
     }
     for changed, code, part in (
         ({"goal": "0"}, "invalid_config", "goal"),
         ({"minimum": "4"}, "invalid_config", "minimum"),
+        ({"min_group": "2"}, "invalid_config", "min_group"),
+        ({"min_group": "4"}, "invalid_config", "min_group"),
+        ({"aggregation": '"open"'}, "invalid_config", "aggregation"),
         ({"colour": '"red"'}, "invalid_config", "colour"),
         ({"kind": "train"}, "invalid_config", "TOML"),
         ({"population": '"nobody"'}, "not_found", "nobody"),

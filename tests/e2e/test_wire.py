@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from homespun import zoo
 from homespun.corpora.vocabulary import Vocabulary
 from homespun.device.conditions import Span
-from homespun.learning.contribution import Aggregate
+from homespun.learning.algorithm import Algorithm
+from homespun.learning.contribution import AUX_SCALE, Contribution, ContributionCodec
+from homespun.learning.optimizers import server_optimizer
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.manifest import Manifest
 from homespun.protocol import messages
-from homespun.protocol.frame import MAGIC, decode_contribution, frame_size
+from homespun.protocol.frame import MASKED_MAGIC, decode_masked_input, encode_contribution
 from homespun.protocol.messages import (
     Assigned,
     CheckIn,
@@ -35,13 +40,15 @@ from homespun.protocol.messages import (
 )
 from homespun.protocol.signing import device_id
 from homespun.protocol.tasks import TaskSpec
-from homespun.protocol.views import TaskView
-from homespun.server.aggregation import contribution_codec
-from homespun.tensors.codec import encode_tree
-from tests.e2e.processes import POLL_S, POPULATION, Device, Server, eventually
+from homespun.protocol.views import RoundSummary, TaskView
+from homespun.server.aggregation import contribution_codec, round_seed
+from homespun.tensors.codec import digest, encode_tree
+from homespun.types import AnyArray
+from tests.e2e.documented import ROUTES, message_in, route
+from tests.e2e.processes import MIN_GROUP, POLL_S, POPULATION, Device, Server, eventually
+from tests.e2e.recomputed import contribution, examples_for
 from tests.e2e.wiretap import Said, Wiretap, exchanges
 
-PROTOCOL = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 PUBLIC = "the quick brown fox jumps over the lazy dog while a small cat sleeps under the old tree"
 CANARIES = ("zanzibarquokka", "marmaladetelescope", "xylophonewombat")
 NUM_EXAMPLES = (173, 211, 239)
@@ -51,43 +58,31 @@ SIGNED = {"homespun-device", "homespun-time", "homespun-signature"}
 PLAIN = {"host", "accept", "accept-encoding", "connection", "user-agent"}
 
 
-# --- what the documentation says ----------------------------------------------------------------------
+# --- a whole round, overheard -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Route:
-    """One row of the table of requests: bodies and answers are names of messages."""
+class Upload:
+    """One masked input as it went over the wire, and what the device has masked there."""
 
-    method: str
-    path: re.Pattern[str]
-    bodies: tuple[str, ...]
-    answers: tuple[str, ...]
-    row: str
+    task: TaskView
+    assigned: Assigned
+    body: bytes
+    contribution: Contribution
 
+    @property
+    def masked(self) -> Contribution:
+        """Its words, which say nothing."""
+        mine = self.contribution
+        frame = decode_masked_input(self.body, mine.bits, mine.aux.size, mine.main.size)
+        main = np.frombuffer(frame.main, mine.main.dtype)
+        return Contribution(main, np.frombuffer(frame.aux, np.uint64), mine.bits)
 
-def documented_routes() -> list[Route]:
-    found = []
-    for row in re.findall(r"^\| `[A-Z]+ /.*$", PROTOCOL, re.MULTILINE):
-        _, request, body, answer, *_ = (cell.strip() for cell in row.split("|"))
-        method, template = request.strip("`").split()
-        path = re.sub(r"\{\w+\}", "[^/?]+", template.replace("{sha256}", "[0-9a-f]{64}"))
-        bodies, answers = (tuple(re.findall(r"\[(\w+)\]\(#", cell)) for cell in (body, answer))
-        found.append(Route(method, re.compile(path), bodies, answers, request))
-    return found
-
-
-def documented_fields() -> dict[str, set[str]]:
-    """Of every message: the first column of its table."""
-    sections = (part.partition("\n") for part in re.split(r"^### ", PROTOCOL, flags=re.MULTILINE))
-    return {
-        name: set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) for name, _, text in sections
-    }
-
-
-ROUTES, FIELDS = documented_routes(), documented_fields()
-
-
-# --- a whole round, overheard -------------------------------------------------------------------------
+    @property
+    def mask(self) -> Contribution:
+        """What was added to hide it."""
+        masked, mine = self.masked, self.contribution
+        return Contribution(masked.main - mine.main, masked.aux - mine.aux, mine.bits)
 
 
 @dataclass(frozen=True)
@@ -97,40 +92,30 @@ class Overheard:
     exchanges: list[tuple[Said, Said | None]]
     up: bytes
     down: bytes
+    uploads: list[Upload]
     devices: list[Device]
     few: Device
     away: Device
     tasks: dict[str, TaskView]
+    rounds: dict[str, RoundSummary]
     manifest: Manifest
     token: str
     operator_token: str
     log: str
 
-    def requests(self, pattern: str) -> list[tuple[Said, Said]]:
-        return [
-            (request, answer)
-            for request, answer in self.exchanges
-            if answer is not None and re.fullmatch(pattern, f"{request.line[0]} {request.line[1]}")
-        ]
+    def of(self, kind: TaskKind) -> list[Upload]:
+        return [upload for upload in self.uploads if upload.task.spec.kind is kind]
 
-    def reports(self) -> list[tuple[TaskView, bytes]]:
-        """Every report with its task."""
-        assigned = {}
-        for _, answer in self.requests("POST /v1/claim"):
-            reply: Any = messages.decode(answer.body, messages.ClaimReply)
-            if isinstance(reply, Assigned):
-                assigned[reply.assignment_id] = self.tasks[str(reply.kind)]
-        return [
-            (assigned[request.line[1].split("/")[3]], request.body)
-            for request, _ in self.requests("PUT .*")
-        ]
+    def codec(self, kind: TaskKind) -> ContributionCodec:
+        """How the reports of a task were encoded."""
+        spec = self.tasks[kind].spec
+        return contribution_codec(spec, self.manifest, round_seed(spec, 1, 1))
 
-    def decoded(self, task: TaskView, body: bytes) -> Aggregate:
-        """What a report says to who can read it."""
-        codec = contribution_codec(task.spec, self.manifest)
-        contribution = decode_contribution(body)
-        codec.check(contribution)
-        return codec.decode(contribution)
+    def steps(self, *names: str) -> Iterator[tuple[Said, Said | None]]:
+        """Answers to these steps of secure aggregation."""
+        for request, answer in self.exchanges:
+            if request.line[0] == "PUT" and request.line[1].split("/")[-1] in names:
+                yield request, answer
 
 
 def texts(canary: str, count: int) -> list[dict[str, Any]]:
@@ -161,18 +146,21 @@ def overheard(tmp_path_factory: pytest.TempPathFactory) -> Overheard:
             device.start()
             stack.callback(device.process.kill)
         tasks, manifest = play(server, devices, few, away)
+        rounds = {kind: server.client.rounds(task.task_id)[0] for kind, task in tasks.items()}
         for device in (*devices, few, away):
             device.stop()
         server.stop()
     pairs = [pair for conversation in tap.conversations for pair in exchanges(conversation)]
     return Overheard(
         exchanges=pairs,
+        uploads=list(uploads(pairs, devices, tasks, server, root / "again")),
         up=b"".join(conversation.up for conversation in tap.conversations),
         down=b"".join(conversation.down for conversation in tap.conversations),
         devices=devices,
         few=few,
         away=away,
         tasks=tasks,
+        rounds=rounds,
         manifest=manifest,
         token=token,
         operator_token=(server.data / "operator.token").read_text().strip(),
@@ -200,6 +188,7 @@ def play(
             checkpoints=checkpoints,
             goal=3,
             minimum=3,
+            min_group=MIN_GROUP,
             over_selection=1.0,
             pool_target=3,
             selection_s=60.0,
@@ -230,45 +219,65 @@ def play(
     return {"train": trained, "evaluate": tested}, plan.manifest
 
 
+def uploads(
+    pairs: list[tuple[Said, Said | None]],
+    devices: list[Device],
+    tasks: dict[str, TaskView],
+    server: Server,
+    scratch: Path,
+) -> Iterator[Upload]:
+    """Every masked input, with the contribution that its device must have computed."""
+    names = {device.device_id: device for device in devices}
+    assigned: dict[str, Assigned] = {}
+    for request, answer in pairs:
+        if request.line[1] == "/v1/claim" and answer is not None:
+            reply: Any = messages.decode(answer.body, messages.ClaimReply)
+            if isinstance(reply, Assigned):
+                assigned[reply.assignment_id] = reply
+        if request.line[1].endswith("/group/mask-input"):
+            ticket = assigned[request.line[1].split("/")[3]]
+            device = names[request.headers["homespun-device"]]
+            examples = examples_for(device, ticket.kind)
+            mine = contribution(device, ticket, examples, server, scratch / ticket.assignment_id)
+            yield Upload(tasks[ticket.kind], ticket, request.body, mine)
+
+
 # --- the proofs ---------------------------------------------------------------------------------------
 
 
 def test_every_request_is_a_documented_one(overheard: Overheard):
-    seen = set()
-    for request, _ in overheard.exchanges:
-        method, path, _ = request.line
-        (route,) = (r for r in ROUTES if r.method == method and r.path.fullmatch(path))
-        seen.add(route.row)
-    assert len(ROUTES) == 8
-    assert {route.row for route in ROUTES} - seen == {
-        "`POST /v1/assignments/{assignment_id}/abort`"  # nobody gave up
+    seen = {route(request).row for request, _ in overheard.exchanges}
+    assert {row for row in seen if "/group/" in row} == {
+        f"PUT /v1/assignments/{{assignment_id}}/group/{step}"
+        for step in ("advertise-keys", "share-keys", "mask-input", "agree", "unmask")
+    }
+    assert len(ROUTES) == 14
+    assert {each.row for each in ROUTES} - seen == {
+        "PUT /v1/assignments/{assignment_id}/report",  # nothing was plain
+        "POST /v1/assignments/{assignment_id}/abort",  # nobody gave up
     }
 
 
 def test_every_json_body_is_exactly_its_documented_message(overheard: Overheard):
+    kinds = set()
     for request, answer in overheard.exchanges:
-        method, path, _ = request.line
-        (route,) = (r for r in ROUTES if r.method == method and r.path.fullmatch(path))
-        if method == "POST":
-            assert_is(request.body, route.bodies)
-        elif method == "GET":
-            assert request.body == b""
+        documented = route(request)
+        if documented.bodies:
+            kinds.add(type(message_in(request.body, documented.bodies)))
+        else:
+            assert request.body.startswith(MASKED_MAGIC) or request.body == b""
         if answer is not None:
             assert answer.line[1] in ("200", "206"), answer
-            if route.answers:
-                assert_is(answer.body, route.answers)
-
-
-def assert_is(body: bytes, names: tuple[str, ...]) -> None:
-    """`body` is strict JSON of one of these messages, with its documented fields and no others."""
-    kinds = tuple(getattr(messages, name) for name in names)
-    message: Any = messages.decode(body, Union[kinds])  # noqa: UP007
-    assert messages.encode(message) == body
-    assert set(msgspec.json.decode(body)) == FIELDS[type(message).__name__]
+            if documented.answers:
+                kinds.add(type(message_in(answer.body, documented.answers)))
+    assert {kind.__name__ for kind in kinds} >= {
+        *("Terms", "ShareKeysRequest", "MaskInputRequest", "AgreeRequest", "UnmaskRequest"),
+        *("AdvertiseKeys", "ShareKeys", "Agree", "Unmask", "Settled", "Receipt"),
+    }
 
 
 def test_what_a_device_says_is_known_beforehand(overheard: Overheard):
-    """Beside its key and its reports, a device sends nothing but what the server told it: there is no room for more."""
+    """Beside its key and what its group asks for, a device sends nothing but what the server told it."""
     claims = {
         messages.encode(Claim(task_id=task.task_id, round_number=1, attempt=1, wait_s=POLL_S))
         for task in overheard.tasks.values()
@@ -296,7 +305,8 @@ def test_headers_say_the_same_for_every_device(overheard: Overheard):
     for request, _ in overheard.exchanges:
         names = request.headers.keys()
         assert names > SIGNED
-        assert names <= SIGNED | PLAIN | {"content-length", "range"}
+        assert names <= SIGNED | PLAIN | {"content-length", "range", "prefer"}
+        assert request.headers.get("prefer") in (None, f"wait={POLL_S:.0f}")
         values.add(tuple(request.headers.get(name) for name in sorted(PLAIN)))
     ((*_, user_agent),) = values  # the last in order
     assert user_agent == f"homespun/{messages.PROTOCOL_VERSION}"
@@ -319,48 +329,168 @@ def hidden(text: str, data: bytes) -> bool:
     return any(form in data for form in forms)
 
 
-def test_reports_are_the_one_exception_and_are_encoded(overheard: Overheard):
-    reports = overheard.reports()
-    assert sorted(str(task.spec.kind) for task, _ in reports) == ["evaluate"] * 3 + ["train"] * 3
-    for task, body in reports:
-        codec = contribution_codec(task.spec, overheard.manifest)
-        train = task.spec.kind is TaskKind.TRAIN
-        num_aux, dimension = len(codec.aux_names), overheard.manifest.num_parameters if train else 0
-        assert body[:4] == MAGIC
-        assert (body[4], body[5]) == (32, 0)
-        assert int.from_bytes(body[6:8], "little") == num_aux == (9 if train else 21)
-        assert int.from_bytes(body[8:12], "little") == dimension
-        assert len(body) == frame_size(32, num_aux, dimension)
+# --- masked inputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TaskKind.TRAIN, TaskKind.EVALUATE])
+def test_what_a_device_masked_is_known_here(overheard: Overheard, kind: TaskKind):
+    """The contributions that the tests below look for are the true ones: they make up the result."""
+    codec, summary = overheard.codec(kind), overheard.rounds[kind]
+    contributions = [upload.contribution for upload in overheard.of(kind)]
+    assert len(contributions) == 3
+    found = codec.decode(*contributions).metrics
+    assert {name: (m.sum, m.count) for name, m in found.items()} == {
+        name: (m.sum, m.count) for name, m in summary.metrics.items()
+    }
+    if kind is TaskKind.TRAIN:
+        manifest, task = overheard.manifest, overheard.tasks[kind]
+        algorithm = Algorithm(manifest.shapes, codec, server_optimizer("FedAvg", {}))
+        initial = initial_checkpoint(manifest, 0)
+        moved, _, _ = algorithm.server_update(initial, {}, *contributions)
+        assert digest(encode_tree(moved)) == task.head
+
+
+@pytest.mark.parametrize("kind", [TaskKind.TRAIN, TaskKind.EVALUATE])
+def test_a_masked_input_has_the_same_form_for_every_device(overheard: Overheard, kind: TaskKind):
+    train = kind is TaskKind.TRAIN
+    dimension, num_aux = (overheard.manifest.num_parameters, 9) if train else (0, 21)
+    header = struct.pack("<4sBBHI", MASKED_MAGIC, 16, 0, num_aux, dimension)
+    for upload in overheard.of(kind):
+        assert upload.body.startswith(header)
+        assert len(upload.body) == 12 + 64 + 8 * num_aux + 2 * dimension
+
+
+def test_masked_inputs_are_noise(overheard: Overheard):
+    everything = b"".join(upload.masked.aux.tobytes() for upload in overheard.uploads)
+    assert is_noise(everything)
+    assert not is_noise(b"".join(u.contribution.aux.tobytes() for u in overheard.uploads))
+    for upload in overheard.of(TaskKind.TRAIN):
+        assert is_noise(upload.masked.main.tobytes())
+        assert not is_noise(upload.contribution.main.tobytes())
+
+
+def test_masked_inputs_of_any_devices_together_are_noise(overheard: Overheard):
+    """Also all three, whose pairwise masks cancel: what their own masks hide, only their shares can open."""
+    masks = [upload.mask.main for upload in overheard.of(TaskKind.TRAIN)]
+    signs = [s for s in product((0, 1, -1), repeat=3) if any(s)]
+    assert (1, 1, 1) in signs
+    for each in signs:
+        total = sum(
+            (
+                mask * np.array(sign).astype(mask.dtype)
+                for mask, sign in zip(masks, each, strict=True)
+            ),
+            np.zeros_like(masks[0]),
+        )
+        assert is_noise(total.tobytes()), each
+
+
+def test_masked_inputs_have_nothing_in_common(overheard: Overheard):
+    """No more words are the same than in noise: with each other, and with what they hide."""
+    trained = overheard.of(TaskKind.TRAIN)
+    masked, hidden_ = (
+        [getattr(u, name).main for u in trained] for name in ("masked", "contribution")
+    )
+    assert common(hidden_[0], hidden_[1]) > 100  # the count finds what is there
+    for one, other in combinations(masked, 2):
+        assert common(one, other) < 50
+    for one, other in product(masked, hidden_):
+        assert common(one, other) < 50
+    said = {int(word) for upload in overheard.uploads for word in upload.masked.aux}
+    meant = {int(word) for upload in overheard.uploads for word in upload.contribution.aux}
+    assert len(said) == sum(upload.masked.aux.size for upload in overheard.uploads)
+    assert not said & meant
+
+
+def is_noise(data: bytes) -> bool:
+    """Whether half bytes are as even as random ones: chi-square of 15 degrees, above 80 once in 10^10 times."""
+    found = np.frombuffer(data, np.uint8)
+    counts = np.bincount(np.concatenate([found >> 4, found & 15]), minlength=16)
+    return bool((np.square(counts - counts.mean()) / counts.mean()).sum() < 80)
+
+
+def common(one: AnyArray, other: AnyArray) -> int:
+    """Places where both have the same word."""
+    return int((one == other).sum())
+
+
+def test_what_the_other_steps_carry_is_noise_of_the_same_size_for_all(overheard: Overheard):
+    """Keys, sealed shares, signatures, shares: nothing in them, and nothing in how much of them there is."""
+    steps = {
+        "advertise-keys": ("c_key", "s_key", "nonce", "signature"),
+        "share-keys": ("sealed", "commitment"),
+        "agree": ("signature",),
+        "unmask": ("shares",),
+    }
+    everything = b""
+    for step, names in steps.items():
+        bodies = [request.body for request, _ in overheard.steps(step)]
+        assert len(bodies) == 6
+        assert len({len(body) for body in bodies}) == 1
+        for body in bodies:
+            data = msgspec.json.decode(body)
+            assert set(data) - {"identity"} == set(names)
+            for name in names:
+                parts = data[name] if isinstance(data[name], list) else [data[name]]
+                everything += b"".join(map(base64.b64decode, parts))
+    assert len(everything) == 6 * 496
+    assert is_noise(everything)
+
+
+# --- private numbers ----------------------------------------------------------------------------------
 
 
 def test_no_count_or_metric_of_a_device_is_in_it_in_clear(overheard: Overheard):
+    private = private_numbers(overheard)
+    assert len(private) > 20
+    num_messages = 0
+    for request, answer in overheard.exchanges:
+        documented = route(request)
+        for said, names in ((request, documented.bodies), (answer, documented.answers)):
+            if said is not None and names:
+                assert not private & set(numbers(message_in(said.body, names)))
+                num_messages += 1
+    assert num_messages > 100
+    for upload in overheard.uploads:  # the search finds what is there
+        report = overheard.codec(upload.assigned.kind).decode(upload.contribution)
+        metrics = {name: m.sum for name, m in report.metrics.items()}
+        assert private & set(numbers({"weight": report.weight, "metrics": metrics}))
+
+
+def private_numbers(overheard: Overheard) -> set[float]:
+    """What a device counted or measured, however it is written."""
     private: set[float] = set(NUM_EXAMPLES)
     for device in overheard.devices:
         status = device.status()
         private |= {status.num_examples - status.num_held_out, status.num_held_out}
-    for task, body in overheard.reports():
-        report = overheard.decoded(task, body)
-        if task.spec.kind is TaskKind.TRAIN:
+    for upload in overheard.uploads:
+        report = overheard.codec(upload.assigned.kind).decode(upload.contribution)
+        if upload.assigned.kind is TaskKind.TRAIN:
             private.add(round(report.weight * overheard.manifest.max_weight))
         for value in report.metrics.values():
             private |= {value.sum, value.count, value.mean}
+        private |= {float(word) for word in upload.contribution.aux.astype(np.int64)}
     for public in (*overheard.tasks.values(), overheard.manifest):  # known before any device spoke
-        private -= set(numbers(msgspec.to_builtins(public)))
-    assert len(private) > 20
-    for request, answer in overheard.exchanges:
-        for said in (request, answer):
-            if said is None or request.line[1].startswith("/v1/blobs/"):
-                continue  # what was published for all
-            if not said.body.startswith(MAGIC) and said.body:
-                assert not private & set(numbers(msgspec.json.decode(said.body)))
+        private -= set(numbers(public))
+    return private - {0.0, AUX_SCALE}  # one client, or nothing, as every device says
+
+
+def test_no_auxiliary_word_is_in_it_in_clear(overheard: Overheard):
+    """As bytes, which no message shows."""
+    for upload in overheard.uploads:
+        words = [word.tobytes() for word in upload.contribution.aux]
+        assert all(word in encode_contribution(upload.contribution) for word in words)
+        assert not [word for word in words if word in overheard.up]
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """Every number in plain data, in text as well."""
-    if isinstance(value, dict):
+    """Every number in a record or plain data, in text as well, but not in bytes."""
+    if isinstance(value, msgspec.Struct):
+        yield from numbers([getattr(value, name) for name in value.__struct_fields__])
+    elif isinstance(value, dict):
         for each in value.values():
             yield from numbers(each)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for each in value:
             yield from numbers(each)
     elif isinstance(value, str):

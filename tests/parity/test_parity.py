@@ -1,8 +1,8 @@
-"""Parity: where devices and server run, and in which order, changes no bit of any checkpoint.
+"""Parity: where devices and server run, in which order, and how they are summed, changes no bit of any checkpoint.
 
 One training task goes through devices and a server in one process on a clock that is moved by hand, through
-processes over HTTP, and through a server that is killed in the middle of a round. Every round's checkpoint
-and its chain are the same.
+processes over HTTP, and through a server that is killed in the middle of every step of a group. Every round's
+checkpoint and its chain are the same, and the same as without secure aggregation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from homespun.device.identity import Identity
 from homespun.device.runtime import Runtime
 from homespun.plan.initial import initial_checkpoint
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.messages import RetryWindow, TaskKind
-from homespun.protocol.tasks import OptimizerSpec, TaskSpec
+from homespun.protocol.group import GroupState
+from homespun.protocol.messages import Aggregation, RetryWindow, TaskKind
+from homespun.protocol.tasks import GroupSpec, OptimizerSpec, TaskSpec
 from homespun.protocol.views import CheckpointView, RoundSummary
 from homespun.tensors.codec import encode_tree
-from tests.e2e.processes import Device, Server, eventually, try_
+from tests.e2e.processes import MIN_GROUP, Device, Server, eventually, try_
 from tests.e2e.wiretap import Wiretap
-from tests.fleet.world import POPULATION as WORLD_POPULATION
+from tests.fleet.device import POPULATION as WORLD_POPULATION
 from tests.fleet.world import World
 from tests.unit.device_server import images
 
@@ -45,7 +46,7 @@ History = list[tuple[int, str, str]]
 """Of every committed round: its number, checkpoint and chain."""
 
 
-def task(seed: int = 5) -> dict[str, Any]:
+def task(seed: int = 5, aggregation: Aggregation = Aggregation.SECURE) -> dict[str, Any]:
     """Every device takes part in every round, or there is none."""
     return {
         "name": "digits",
@@ -58,6 +59,9 @@ def task(seed: int = 5) -> dict[str, Any]:
         "selection_s": 600.0,
         "deadline_s": 600.0,
         "retry": RETRY,
+        "aggregation": aggregation,
+        "min_group": MIN_GROUP,
+        "groups": GroupSpec(step_s=600.0),
         "optimizer": OptimizerSpec(name="FedAdam", settings={"learning_rate": 0.02}),
         "seed": seed,
     }
@@ -68,10 +72,19 @@ def history(checkpoints: list[CheckpointView]) -> History:
     return sorted(found)
 
 
+def assert_whole(rounds: list[RoundSummary], aggregation: Aggregation = Aggregation.SECURE) -> None:
+    """Every round went well the first time, in one group of all devices if it was secure."""
+    assert [summary.attempt for summary in rounds] == [1] * NUM_ROUNDS
+    for summary in rounds:
+        groups = [(group.state, group.num_masked) for group in summary.groups]
+        secure = aggregation is Aggregation.SECURE
+        assert groups == ([(GroupState.OPENED, NUM_DEVICES)] if secure else [])
+
+
 # --- in one process -----------------------------------------------------------------------------------
 
 
-def join(world: World, root: Path, index: int) -> tuple[Runtime, httpx.Client]:
+def join(world: World, root: Path, index: int, policy: Policy) -> tuple[Runtime, httpx.Client]:
     """One device of the world, from nothing to a runtime that can be stepped."""
     home, clock = Home(root), world.clock
     identity = Identity.load_or_create(home.identity_file, seed=index)
@@ -84,7 +97,7 @@ def join(world: World, root: Path, index: int) -> tuple[Runtime, httpx.Client]:
         device_id=enrolled.device_id,
         publisher_keys=enrolled.publisher_keys,
         seed=index,
-        policy=Policy(allow_plain=True),
+        policy=policy,
         conditions=(),
         poll_s=0.0,
     )
@@ -96,15 +109,21 @@ def join(world: World, root: Path, index: int) -> tuple[Runtime, httpx.Client]:
     return Runtime(home, connection, conditions, clock), client
 
 
-def in_process(root: Path, order: Callable[[list[Runtime]], object], seed: int = 5) -> History:
+def in_process(
+    root: Path,
+    order: Callable[[list[Runtime]], object] = lambda devices: None,
+    seed: int = 5,
+    aggregation: Aggregation = Aggregation.SECURE,
+) -> History:
     """The task in one process; `order` puts the devices in the order of each turn."""
     world = World(root / "server", plan=zoo.load("digits"))
+    policy = Policy(min_group=MIN_GROUP, allow_plain=aggregation is Aggregation.PLAIN)
     with ExitStack() as stack:
         stack.callback(world.stop)
-        view = world.create_task(**task(seed))
+        view = world.create_task(**task(seed, aggregation))
         runtimes = []
         for index in range(NUM_DEVICES):
-            runtime, client = join(world, root / f"device-{index}", index)
+            runtime, client = join(world, root / f"device-{index}", index, policy)
             runtimes.append(runtime)
             stack.callback(client.close)
             stack.callback(runtime.close)
@@ -117,21 +136,26 @@ def in_process(root: Path, order: Callable[[list[Runtime]], object], seed: int =
             world.settle()
             world.clock.advance(0.05)
         assert world.task(view).state == "finished"
-        assert [summary.attempt for summary in world.rounds(view)] == [1] * NUM_ROUNDS
+        assert_whole(world.rounds(view), aggregation)
         return history(world.operate(list[CheckpointView], "GET", "/models"))
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> History:
     """What every other way must give, too."""
-    return in_process(tmp_path_factory.mktemp("expected"), lambda devices: None)
+    return in_process(tmp_path_factory.mktemp("expected"))
 
 
 def test_the_order_of_the_devices_does_not_matter(tmp_path: Path, expected: History):
     assert [number for number, _, _ in expected] == [1, 2, 3]
     assert len({checkpoint for _, checkpoint, _ in expected}) == NUM_ROUNDS
-    assert in_process(tmp_path / "reversed", lambda devices: None, seed=6) != expected
+    other = in_process(tmp_path / "other", seed=6, aggregation=Aggregation.PLAIN)
+    assert other != expected  # so the devices' work is in it
     assert in_process(tmp_path / "shuffled", random.Random(1).shuffle) == expected
+
+
+def test_masks_leave_no_trace_in_the_sum(tmp_path: Path, expected: History):
+    assert in_process(tmp_path, aggregation=Aggregation.PLAIN) == expected
 
 
 # --- in processes -------------------------------------------------------------------------------------
@@ -172,7 +196,7 @@ class Fleet:
         client = self.server.client
         eventually(lambda: client.task(task_id).state != "active", "the task ends")
         assert client.task(task_id).state == "finished"
-        assert [summary.attempt for summary in client.rounds(task_id)] == [1] * NUM_ROUNDS
+        assert_whole(client.rounds(task_id))
         found = history(client.checkpoints())
         for device in devices:
             device.stop()
@@ -195,21 +219,46 @@ def test_processes_over_http_give_the_same_checkpoints(
 
 
 class Gate:
-    """Holds back the first report that comes its way."""
+    """Holds back the first answer to each of these steps that comes its way, in their order."""
 
-    def __init__(self) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
+    def __init__(self, steps: Sequence[str]) -> None:
+        self._steps = {step: (threading.Event(), threading.Event()) for step in steps}
 
     def __call__(self, data: bytes) -> None:
-        if data.startswith(b"PUT ") and not self.reached.is_set():
-            self.reached.set()
-            assert self.opened.wait(60)
+        request = data.partition(b"\r\n")[0]
+        for step, (reached, opened) in self._steps.items():
+            if not reached.is_set():
+                if request.startswith(b"PUT ") and f"/group/{step} ".encode() in request:
+                    reached.set()
+                    assert opened.wait(60)
+                return
+
+    def wait(self, step: str) -> None:
+        """Until it holds back an answer to `step`."""
+        assert self._steps[step][0].wait(60)
+
+    def open(self, step: str) -> None:
+        self._steps[step][1].set()
+
+    def stay_open(self) -> None:
+        for events in self._steps.values():
+            for event in events:
+                event.set()
 
 
-def test_a_server_killed_in_the_middle_of_a_round_gives_the_same_checkpoints(
+HELD = {
+    "advertise-keys": "num_devices",
+    "share-keys": "num_shared",
+    "mask-input": "num_masked",
+    "agree": "num_agreed",
+}
+"""Steps that wait for every device, and what its answers are counted in. The last step does not wait for all."""
+
+
+def test_a_server_killed_in_the_middle_of_every_step_gives_the_same_checkpoints(
     tmp_path: Path, expected: History, stack: ExitStack
 ):
-    fleet, gate = Fleet(tmp_path, stack), Gate()
+    fleet, gate = Fleet(tmp_path, stack), Gate(tuple(HELD))
     task_id = fleet.create_task()
     devices = [fleet.device(index, fleet.server.url) for index in range(NUM_DEVICES - 1)]
     eventually(lambda: fleet.round(task_id).num_waiting == NUM_DEVICES - 1, "all but one claimed")
@@ -217,17 +266,17 @@ def test_a_server_killed_in_the_middle_of_a_round_gives_the_same_checkpoints(
 
     tap = Wiretap(fleet.server.port, gate)
     stack.callback(tap.close)
-    stack.callback(gate.opened.set)
+    stack.callback(gate.stay_open)
     devices.append(fleet.device(NUM_DEVICES - 1, tap.url))
-    assert gate.reached.wait(60)
-    eventually(
-        lambda: (
-            (found := try_(lambda: fleet.round(task_id))) is not None
-            and found.num_reported == NUM_DEVICES - 1
-        ),
-        "all but one reported",
-    )
-    assert fleet.round(task_id).state == "running"
-    fleet.server.restart()
-    gate.opened.set()
+    for step, count in HELD.items():
+        gate.wait(step)
+
+        def all_but_one(step: str = step, count: str = count) -> bool:
+            found = try_(lambda: fleet.round(task_id).groups)
+            progress = [(str(group.state), getattr(group, count)) for group in found or ()]
+            return progress == [(step.replace("-", "_"), NUM_DEVICES - 1)]
+
+        eventually(all_but_one, f"all but one answered {step}")
+        fleet.server.restart()
+        gate.open(step)
     assert fleet.finish(task_id, devices) == expected
