@@ -35,7 +35,7 @@ NOT_BELOW_THE_SHELLS = frozenset(
     """
     asyncio concurrent http logging multiprocessing os random secrets select selectors shutil signal socket
     sqlite3 ssl subprocess tempfile threading time urllib uuid
-    alembic anyio fastapi httpx psutil pydantic_settings sqlalchemy stamina starlette structlog uvicorn
+    alembic anyio dbus_fast fastapi httpx psutil pydantic_settings sqlalchemy stamina starlette structlog uvicorn
     """.split()
 )
 ONLY_IN = {  # package -> files that may import it

@@ -1,20 +1,22 @@
-"""Conditions: scripts, what is unknown, and the watch that ends work in time."""
+"""Conditions: scripts, recordings, and the watch that ends work in time."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from homespun.clock import ManualClock
+from homespun.device import recording
 from homespun.device.conditions import (
     RECHECK_S,
     ScriptedConditions,
     Span,
-    UnknownConditions,
     Watch,
     parse_script,
 )
 from homespun.device.stopping import Stop
-from homespun.errors import InvalidConfig
+from homespun.errors import InvalidConfig, StorageFailure
 from homespun.protocol.eligibility import CONDITIONS, Conditions, Policy
 
 START = 1_700_000_000.0
@@ -48,15 +50,45 @@ def test_a_span_knows_every_condition():
     assert set(Span.__struct_fields__) == {"from_s", "to_s", *CONDITIONS}
 
 
-@pytest.mark.parametrize("script", [b"", b"[1]", b'{"asleep": true}', b'{"idle": "no"}', b"\xff"])
+@pytest.mark.parametrize(
+    "script",
+    [b"", b"[1]", b'{"asleep": true}', b'{"idle": "no"}', b"\xff", b'{"idle": true}\n{"idle"'],
+)
 def test_a_script_that_is_none_is_refused(script: bytes):
     with pytest.raises(InvalidConfig) as caught:
         parse_script(script)
     assert "idle" in caught.value.hint
 
 
-def test_an_unknown_platform_says_nothing():
-    assert UnknownConditions().read(START) == dict.fromkeys(CONDITIONS)
+class Day:
+    """A source that loses charging after 10 seconds, cannot tell from 20 on, and ends the recording at 30."""
+
+    def __init__(self, clock: ManualClock, stop: Stop) -> None:
+        self._clock, self._stop = clock, stop
+
+    def read(self, now: float) -> Conditions:
+        hour = int(now - START) // 10
+        self._stop.requested = hour == 3
+        return {**dict.fromkeys(CONDITIONS, True), "charging": (True, False, None, None)[hour]}
+
+
+def test_a_recording_is_a_script(tmp_path: Path):
+    clock, stop = ManualClock(START), Stop()
+    recording.record(Day(clock, stop), tmp_path / "day.jsonl", clock, stop)
+    lines = (tmp_path / "day.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[1] == '{"from_s":10.0,"charging":false}'
+    source = ScriptedConditions(parse_script("\n".join(lines).encode()), 0.0)
+    seen = {at: source.read(at)["charging"] for at in (0, 9, 10, 19, 20)}
+    assert seen == {0: True, 9: True, 10: False, 19: False, 20: None}
+    assert source.read(29.0) == {**dict.fromkeys(CONDITIONS, True), "charging": None}
+    assert source.read(30.0) == dict.fromkeys(CONDITIONS)  # the device may have been anything since
+
+
+def test_a_recording_that_cannot_be_written_says_so(tmp_path: Path):
+    clock, stop = ManualClock(START), Stop()
+    with pytest.raises(StorageFailure, match="day"):
+        recording.record(Day(clock, stop), tmp_path / "no" / "day.jsonl", clock, stop)
 
 
 class Counting:

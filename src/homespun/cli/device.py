@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,10 +108,11 @@ def run(
     import logging
 
     from homespun.clock import SystemClock
-    from homespun.device.conditions import ScriptedConditions, UnknownConditions
+    from homespun.device.conditions import ScriptedConditions
     from homespun.device.connection import Connection, http_client
     from homespun.device.home import Home
     from homespun.device.identity import Identity
+    from homespun.device.measured import measured
     from homespun.device.memory import give_back_large_blocks
     from homespun.device.runtime import Runtime
     from homespun.device.stopping import Stop
@@ -123,12 +125,12 @@ def run(
         stop_with_stdin()
     settings = home.settings()
     identity = Identity.load(home.identity_file)
-    source = (
-        UnknownConditions()
+    conditions = (
+        measured(home.root)
         if settings.conditions is None
-        else ScriptedConditions(settings.conditions, clock.now())
+        else nullcontext(ScriptedConditions(settings.conditions, clock.now()))
     )
-    with http_client(settings.server) as client:
+    with http_client(settings.server) as client, conditions as source:
         connection = Connection(client, identity, clock, stop)
         if vanish_after:
             from homespun.cli.demo.vanishing import VanishingConnection
@@ -171,6 +173,41 @@ def status(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
         ),
     ]
     return print_table(("", ""), rows, "")
+
+
+@app.command("conditions")
+def show_conditions(
+    directory: Path = DirOption,
+    record: Path | None = typer.Option(
+        None, help="Write every change to this file until stopped: a script for --conditions."
+    ),
+    as_json: bool = JsonOption,
+) -> None:
+    """What this machine says of itself now, and who says it."""
+    from homespun.clock import SystemClock
+    from homespun.device import recording
+    from homespun.device.home import Home
+    from homespun.device.measured import measured
+    from homespun.device.stopping import Stop
+
+    clock, home = SystemClock(), Home(directory)
+    scripted = home.settings().conditions is not None
+    with measured(home.root) as source:
+        if record:
+            stop = Stop()
+            stop.on_signals()
+            return recording.record(source, record, clock, stop)
+        found = source.read(clock.now())
+    if as_json:
+        return print_json(
+            {name: {"value": found[name], "from": source.origins.get(name)} for name in found}
+        )
+    words = {True: "yes", False: "no", None: "unknown"}
+    rows = [(name, words[found[name]], source.origins.get(name, "nobody")) for name in found]
+    print_table(("", "now", "says"), rows, "")
+    if scripted:
+        out.print("this device follows a script instead", markup=False)
+    return None
 
 
 @app.command()

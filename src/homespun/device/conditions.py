@@ -1,13 +1,14 @@
-"""What the device is doing now: idle, charging, unmetered, ...; measured here, judged in `protocol.eligibility`.
+"""What the device is doing now: idle, charging, unmetered, ...; judged in `protocol.eligibility`.
 
-A source answers for one moment. While the device works, a `Watch` asks it again at least once a second, so
-that the device is the person's again within two seconds.
+A source answers for one moment: it measures (`device.measured`), or plays a script. A recording of a source is a
+script, so that what happened on one device can happen again on many. While the device works, a `Watch` asks its source
+again at least once a second, so that the device is the person's again within two seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -27,13 +28,6 @@ class ConditionSource(Protocol):
     """Every name of `CONDITIONS` to True, False, or None (the platform cannot tell)."""
 
     def read(self, now: float) -> Conditions: ...
-
-
-class UnknownConditions:
-    """A platform that reports nothing; the device's policy says what that means."""
-
-    def read(self, now: float) -> Conditions:
-        return dict.fromkeys(CONDITIONS)
 
 
 class Span(
@@ -72,13 +66,14 @@ class ScriptedConditions:
 
 
 def parse_script(data: bytes) -> tuple[Span, ...]:
-    """A script from JSON: a list of spans, or one span alone, such as `{"charging": false}`.
+    """A script from JSON: a list of spans; one alone, such as `{"charging": false}`; or a recording, a span per line.
 
     Raises `InvalidConfig` naming what is wrong.
     """
     try:
-        plain: Any = msgspec.json.decode(data)
-        return msgspec.convert([plain] if isinstance(plain, dict) else plain, tuple[Span, ...])
+        if data.lstrip().startswith(b"{"):
+            return tuple(msgspec.json.Decoder(Span).decode_lines(data))
+        return msgspec.json.decode(data, type=tuple[Span, ...])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidConfig(
             f"the conditions script cannot be read: {error}",
