@@ -8,17 +8,27 @@ from typing import Any
 
 import pytest
 
-from tests.fleet.world import World
+from homespun.protocol.messages import Aggregation
+from tests.fleet.world import World, scratch
 
 
 @pytest.fixture
-def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+def make_world() -> Iterator[Callable[..., World]]:
     worlds: list[World] = []
 
-    def make(num_devices: int = 4, **settings: Any) -> World:
-        worlds.append(World(tmp_path / f"server-{len(worlds)}", num_devices, **settings))
-        return worlds[-1]
+    with scratch() as directory:
 
-    yield make
-    for world in worlds:
-        world.stop()
+        def make(num_devices: int = 4, **settings: Any) -> World:
+            root = Path(directory) / f"server-{len(worlds)}"
+            worlds.append(World(root, num_devices, **settings))
+            return worlds[-1]
+
+        yield make
+        for world in worlds:
+            world.stop()
+
+
+@pytest.fixture(params=list(Aggregation))
+def aggregation(request: pytest.FixtureRequest) -> Aggregation:
+    """For tests of rounds in general: as plain sums, and with secure aggregation."""
+    return Aggregation(request.param)

@@ -52,11 +52,16 @@ def stage(make_world):
 
 
 def with_main(contribution, main):
-    return encode_contribution(Contribution(main, contribution.aux))
+    return encode_contribution(Contribution(main, contribution.aux, contribution.bits))
+
+
+def with_aux(contribution, aux):
+    return Contribution(contribution.main, aux, contribution.bits)
 
 
 def bad_bodies(device, assigned):
     good = device.contribution(assigned)
+    assert good.bits == 16
     body = encode_contribution(good)
     weight = good.aux.copy()
     weight[0] = 2**20
@@ -64,27 +69,24 @@ def bad_bodies(device, assigned):
     nobody[1] = 0
     huge = good.aux.copy()
     huge[3] = 2**60
-    signed = good.main.view("<i4").copy()
-    signed[0] = 2**31 - 1
+    large = good.main.copy()
+    large[0] = 2**15 - 1
     return {
         "empty": (b"", BadFrame),
         "cut short": (body[:-1], BadFrame),
         "one byte too long": (body + b"\0", TooLarge),
         "a megabyte too long": (body + bytes(2**20), TooLarge),
         "another magic": (b"HSP9" + body[4:], BadFrame),
-        "another word size": (body[:4] + b"\x10" + body[5:], BadFrame),
-        "a shorter update": (
-            with_main(good, good.main[:-2]) + bytes(8),
-            BadFrame,
-        ),
+        "another word size": (body[:4] + b"\x20" + body[5:], BadFrame),
+        "a shorter update": (with_main(good, good.main[:-2]) + bytes(4), BadFrame),
         "metrics for parameters": (
-            encode_contribution(Contribution(good.main[:-2], np.append(good.aux, np.uint64(0)))),
+            with_main(with_aux(good, np.append(good.aux, np.uint64(0))), good.main[:-4]),
             ShapeMismatch,
         ),
-        "beyond the clip bound": (with_main(good, signed.view("<u4")), NumericFailure),
-        "too much weight": (encode_contribution(Contribution(good.main, weight)), NumericFailure),
-        "no device": (encode_contribution(Contribution(good.main, nobody)), NumericFailure),
-        "an absurd metric": (encode_contribution(Contribution(good.main, huge)), NumericFailure),
+        "beyond the clip bound": (with_main(good, large), NumericFailure),
+        "too much weight": (encode_contribution(with_aux(good, weight)), NumericFailure),
+        "no device": (encode_contribution(with_aux(good, nobody)), NumericFailure),
+        "an absurd metric": (encode_contribution(with_aux(good, huge)), NumericFailure),
     }
 
 

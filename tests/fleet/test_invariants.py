@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from homespun.protocol.views import Event, RoundSummary, TaskView
 from homespun.server.aggregation import chain
 from homespun.server.store.schema import assignments, claims, metadata, rounds
 from homespun.tensors import codec as tensors
-from tests.fleet.world import World
+from tests.fleet.world import World, scratch
 
 NUM_DEVICES = 6
-MINIMUM = 2
+MINIMUM = 3
 OPTIMIZER = OptimizerSpec(name="FedAdam", settings={"learning_rate": 0.1})
 
 devices = st.integers(0, NUM_DEVICES - 1)
@@ -175,13 +174,13 @@ class Play:
 
 @contextmanager
 def new_play(seed: int) -> Iterator[Play]:
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch() as directory:
         world = World(Path(directory), NUM_DEVICES)
         task = world.create_task(
             num_rounds=3,
             goal=3,
             minimum=MINIMUM,
-            min_group=2,
+            min_group=MINIMUM,
             over_selection=1.4,
             pool_target=5,
             selection_s=30.0,

@@ -45,9 +45,14 @@ def shipped(make_world):
     return world, plan, checkpoints
 
 
-def evaluate(world, plan, checkpoints, name="evaluate"):
+def evaluate(world, plan, checkpoints, name="evaluate", **fields):
     task = world.create_task(
-        TaskKind.EVALUATE, plan_hash=plan, checkpoints=tuple(checkpoints), goal=5, name=name
+        TaskKind.EVALUATE,
+        plan_hash=plan,
+        checkpoints=tuple(checkpoints),
+        goal=5,
+        name=name,
+        **fields,
     )
     world.run_round(task)
     return task
@@ -62,9 +67,9 @@ def test_the_first_release_needs_no_evidence(shipped):
     assert (view.reason, view.evidence) == ("the first release of its slot", None)
 
 
-def test_a_better_candidate_is_deployed_and_supersedes(shipped):
+def test_a_better_candidate_is_deployed_and_supersedes(shipped, aggregation):
     world, plan, (old, new, _) = shipped
-    task = evaluate(world, plan, (new, old))
+    task = evaluate(world, plan, (new, old), aggregation=aggregation)
     view = world.release(plan, new, "2", evaluation_task_id=task.task_id)
     assert view.state == "deployed"
     evidence = view.evidence

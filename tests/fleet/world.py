@@ -6,19 +6,14 @@ everything that is due, so that no test sleeps.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homespun.clock import ManualClock
-from homespun.learning.contribution import Contribution, ContributionCodec
-from homespun.learning.metrics import MetricSum, paired_names
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.manifest import (
     ClientOptimizer,
@@ -29,36 +24,36 @@ from homespun.plan.manifest import (
     TensorSpec,
 )
 from homespun.plan.package import Plan
-from homespun.protocol.frame import encode_contribution
 from homespun.protocol.messages import (
-    Abort,
+    Aggregation,
     Assigned,
-    CheckIn,
-    CheckInReply,
-    Claim,
-    ClaimReply,
     Criteria,
-    Enroll,
-    Enrolled,
-    Receipt,
     RetryWindow,
     TaskKind,
     decode,
     encode,
 )
 from homespun.protocol.problem import error_from_problem
-from homespun.protocol.signing import device_id, request_headers
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import ReleaseView, RoundSummary, Stored, TaskView
-from homespun.rng import stream
 from homespun.server.app import create_app
 from homespun.server.deployment import Deployment
 from homespun.server.settings import Settings
 from homespun.tensors import codec as tensors
+from tests.fleet.device import POPULATION, Device
 from tests.fleet.inprocess import InProcess
+from tests.fleet.member import Member, play
 
-POPULATION = "phones"
 NEVER_S = 1e6
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A directory for a server's data; in memory if there is such a place, because disks are slow to sync.
+
+    What dies in these tests is at most a process, and never takes with it what the system holds.
+    """
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
 
 
 def synthetic_plan(sizes: tuple[int, ...] = (6, 4), clip_norm: float = 2.0) -> Plan:
@@ -82,97 +77,6 @@ def synthetic_plan(sizes: tuple[int, ...] = (6, 4), clip_norm: float = 2.0) -> P
         graphs=dict.fromkeys(("train", "evaluate", "predict"), empty),
     )
     return Plan(manifest, dict.fromkeys(("train", "evaluate", "predict"), b""))
-
-
-@dataclass
-class Device:
-    """One synthetic device. `index` is all its randomness."""
-
-    world: World
-    index: int
-
-    def __post_init__(self) -> None:
-        secret = hashlib.sha256(f"device {self.index}".encode()).digest()
-        self.key = Ed25519PrivateKey.from_private_bytes(secret)
-        self.public = self.key.public_key().public_bytes_raw()
-        self.device_id = device_id(self.public)
-
-    def call(self, kind: Any, method: str, path: str, body: bytes = b"", **headers: str) -> Any:
-        """A signed request. Raises the exception that a problem document stands for."""
-        signed = request_headers(
-            self.key, self.device_id, method, path, self.world.clock.now(), body
-        )
-        return self.send(kind, method, path, body, {**signed, **headers})
-
-    def send(self, kind: Any, method: str, path: str, body: bytes, headers: dict[str, str]) -> Any:
-        response = self.world.http.request(method, path, content=body, headers=headers)
-        if not response.is_success:
-            raise error_from_problem(response.status_code, response.content)
-        return response if kind is httpx.Response else decode(response.content, kind)
-
-    def enroll(self, token: str, population: str = POPULATION) -> Enrolled:
-        public = base64.b64encode(self.public).decode()
-        message = Enroll(population=population, token=token, public_key=public)
-        reply: Enrolled = self.call(Enrolled, "POST", "/v1/enroll", encode(message))
-        return reply
-
-    def check_in(self, wait_s: float = 0.0, **fields: Any) -> CheckInReply:
-        message = CheckIn(population=POPULATION, wait_s=wait_s, **fields)
-        reply: CheckInReply = self.call(CheckInReply, "POST", "/v1/check-in", encode(message))
-        return reply
-
-    def claim(
-        self, task: TaskView, number: int, attempt: int = 1, wait_s: float = 0.0
-    ) -> ClaimReply:
-        message = Claim(task_id=task.task_id, round_number=number, attempt=attempt, wait_s=wait_s)
-        reply: ClaimReply = self.call(ClaimReply, "POST", "/v1/claim", encode(message))
-        return reply
-
-    def contribution(self, assigned: Assigned) -> Contribution:
-        """What this device says in this round: the same for the same round and attempt."""
-        codec = self.codec(assigned)
-        rng = stream(assigned.seed, self.index)
-        update = rng.normal(0.0, 0.2, codec.dimension).astype(np.float32)
-        metrics = {name: MetricSum(float(rng.integers(0, 50)), 50.0) for name in codec.metrics}
-        if "difference" in metrics:
-            value = (self.index % 5 - 1) / 100
-            metrics["difference"] = MetricSum(value, 1.0)
-            metrics["difference_squared"] = MetricSum(value * value, 1.0)
-            metrics["wins"] = MetricSum(float(value > 0), 1.0)
-        return codec.encode(update, int(rng.integers(1, 80)), metrics, rng)
-
-    def codec(self, assigned: Assigned) -> ContributionCodec:
-        manifest, how = self.world.plan.manifest, assigned.encoding
-        train = assigned.kind is TaskKind.TRAIN
-        names = ("loss", *manifest.metrics)
-        return ContributionCodec(
-            dimension=manifest.num_parameters if train else 0,
-            clip_norm=how.clip_norm,
-            max_weight=how.max_weight,
-            metrics=names if train else paired_names(names, len(assigned.checkpoints)),
-            max_group=how.max_group,
-            bits=how.bits,
-        )
-
-    def body(self, assigned: Assigned) -> bytes:
-        return encode_contribution(self.contribution(assigned))
-
-    def report(self, assigned: Assigned, body: bytes | None = None) -> Receipt:
-        path = f"/v1/assignments/{assigned.assignment_id}/report"
-        content = self.body(assigned) if body is None else body
-        receipt: Receipt = self.call(Receipt, "PUT", path, content)
-        return receipt
-
-    def receipt(self, assigned: Assigned) -> Receipt:
-        path = f"/v1/assignments/{assigned.assignment_id}"
-        receipt: Receipt = self.call(Receipt, "GET", path)
-        return receipt
-
-    def abort(self, assigned: Assigned) -> Receipt:
-        path = f"/v1/assignments/{assigned.assignment_id}/abort"
-        body = encode(Abort(assignment_id=assigned.assignment_id))
-        receipt: Receipt = self.call(Receipt, "POST", path, body)
-        return receipt
 
 
 class World:
@@ -265,6 +169,8 @@ class World:
                 "plan_hash": plan_hash,
                 "goal": 4,
                 "minimum": 3,
+                "min_group": 3,
+                "aggregation": Aggregation.PLAIN,
                 "over_selection": 1.0,
                 "pool_target": 1,  # the window ends as soon as the cohort is there
                 "selection_s": 60.0,
@@ -318,11 +224,23 @@ class World:
         replies = [(device, device.claim(task, number, attempt)) for device in pool]
         return [(device, reply) for device, reply in replies if isinstance(reply, Assigned)]
 
+    def members(self, task: TaskView, number: int = 1, attempt: int = 1) -> list[Member]:
+        """The drawn devices of a securely aggregated round, before they ask for a group."""
+        cohort = self.gather(task, number, attempt)
+        return [Member(device, assigned, task.spec.name) for device, assigned in cohort]
+
+    def report(self, task: TaskView, cohort: list[tuple[Device, Assigned]]) -> None:
+        """These devices report, as the task asks, and what is due then is carried out."""
+        if task.spec.aggregation is Aggregation.SECURE:
+            play(self, [Member(*pair, task.spec.name) for pair in cohort])
+        else:
+            for device, assigned in cohort:
+                device.report(assigned)
+        self.settle()
+
     def run_round(self, task: TaskView, number: int = 1) -> RoundSummary:
         """One whole round in which every drawn device reports."""
-        for device, assigned in self.gather(task, number):
-            device.report(assigned)
-        self.settle()
+        self.report(task, self.gather(task, number))
         (summary,) = (
             view for view in self.rounds(task) if view.round_number == number and view.attempt == 1
         )

@@ -20,6 +20,24 @@ from homespun.server.store.schema import assignments, receipts, rounds, tasks
 from homespun.types import Hash
 
 _CONTEXT = b"homespun-receipt-v1\n"
+_EXPECTATION = (  # written once: every request about a report asks it
+    select(
+        receipts,
+        rounds.c.number,
+        rounds.c.attempt,
+        rounds.c.base,
+        rounds.c.state.label("round_state"),
+        rounds.c.deadline_at,
+        rounds.c.checkpoint,
+        assignments.c.device_id,
+        assignments.c.group_id,
+        *(column.label(f"task_{column.name}") for column in tasks.c),
+    )
+    .join(rounds, rounds.c.round_id == receipts.c.round_id)
+    .join(tasks, tasks.c.task_id == rounds.c.task_id)
+    .outerjoin(assignments, assignments.c.assignment_id == bindparam("ticket"))
+    .where(receipts.c.receipt_id == bindparam("receipt"))
+)
 _AT_ONCE = 10_000  # values in one statement; databases allow about three times as many
 
 
@@ -70,26 +88,9 @@ class Reports:
         Raises `NotFound`, or `NotAllowed` while it is known to be another device's. After the round nothing says
         whose it was; whoever knows the id may ask.
         """
-        query = (
-            select(
-                receipts,
-                rounds.c.number,
-                rounds.c.attempt,
-                rounds.c.base,
-                rounds.c.state.label("round_state"),
-                rounds.c.deadline_at,
-                rounds.c.checkpoint,
-                assignments.c.device_id,
-                assignments.c.group_id,
-                *(column.label(f"task_{column.name}") for column in tasks.c),
-            )
-            .join(rounds, rounds.c.round_id == receipts.c.round_id)
-            .join(tasks, tasks.c.task_id == rounds.c.task_id)
-            .outerjoin(assignments, assignments.c.assignment_id == assignment_id)
-            .where(receipts.c.receipt_id == receipt_id(assignment_id))
-        )
         with self._database.read() as connection:
-            row = connection.execute(query).first()
+            names = {"ticket": assignment_id, "receipt": receipt_id(assignment_id)}
+            row = connection.execute(_EXPECTATION, names).first()
         if row is None:
             raise NotFound("there is no such assignment", assignment_id=assignment_id[:64])
         if row.device_id not in (None, device_id):
