@@ -12,7 +12,13 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from homespun.errors import Conflict, NotAuthentic, NotFound, StorageFailure
-from homespun.protocol.messages import Aggregation, Criteria, ReleaseManifest, SignedRelease, TaskKind
+from homespun.protocol.messages import (
+    Aggregation,
+    Criteria,
+    ReleaseManifest,
+    SignedRelease,
+    TaskKind,
+)
 from homespun.protocol.release import ReleaseEvent
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec

@@ -30,6 +30,8 @@ FORMING = GroupView(
         (11, 20, 50, 0.0, CLOSE),
         (5, 5, 50, 0.0, CLOSE),  # the round lacks no more than these
         (4, 5, 50, 0.0, None),
+        (6, 12, 50, 0.0, CLOSE),  # two of 6 rather than 10 and 2
+        (5, 12, 50, 0.0, None),
         (3, 1, 50, 0.0, CLOSE),  # but never fewer than n_min
         (2, 1, 50, 0.0, None),
         (3, 20, 0, 0.0, CLOSE),  # nobody else can come

@@ -122,9 +122,7 @@ def test_a_running_round_with_groups(num_collecting, num_reported, num_open, now
 def test_an_unmasking_round_waits_for_its_groups_not_for_the_clock(
     num_unopened, num_reported, event
 ):
-    view = replace(
-        SECURE, state=R.UNMASKING, num_unopened=num_unopened, num_reported=num_reported
-    )
+    view = replace(SECURE, state=R.UNMASKING, num_unopened=num_unopened, num_reported=num_reported)
     for now in (0.0, 1e12):
         assert due(view, now) is event
 

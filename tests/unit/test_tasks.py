@@ -81,7 +81,8 @@ def test_a_sum_is_over_the_cohort_or_over_a_group():
     assert parse({**plain, "groups": {"size": 10}}).max_group == 26
     many = {**MINIMAL, "goal": 205, "groups": {"size": 100}}
     assert parse(many).max_group == 69  # three groups of 69, 69 and 67
-    assert parse({**MINIMAL, "goal": 12, "groups": {"size": 11}}).max_group == 10  # never below min_group
+    # Never below min_group.
+    assert parse({**MINIMAL, "goal": 12, "groups": {"size": 11}}).max_group == 10
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ def test_a_field_that_is_wrong_is_named(changes, says):
         ({"checkpoints": ["b" * 64] * 2}, "training task starts from one checkpoint"),
         ({"kind": "analyze"}, "analyze tasks are not available"),
         ({"groups": {"size": 9}}, "groups.size is below min_group"),
+        ({"goal": 23, "minimum": 23, "groups": {"size": 10}}, "may leave 3 devices over"),
         (
             {"goal": 200, "groups": {"size": 200, "drop_out_fraction": 0.5}},
             "no ring of this size bears such losses",

@@ -81,7 +81,8 @@ def due(view: GroupView, now: float) -> GroupEvent | None:
     if view.state is G.ADVERTISE_KEYS:
         if view.wanted <= 0 or view.num_answered < view.n_min:
             return None  # its devices wait in case another group comes to nothing
-        enough = max(view.n_min, min(view.target, view.wanted))
+        # As even as can be from here on, so that none is left over that is too small.
+        enough = max(view.n_min, group_size(view.wanted, view.target))
         ready = view.num_answered >= enough or view.num_unbound == 0 or over
         return E.CLOSE if ready else None
     if view.state not in LIVE:

@@ -146,6 +146,15 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             raise InvalidConfig(
                 "groups.size is below min_group", expected=f">= {self.min_group}", got=groups.size
             )
+        rest = self.goal % self.max_group
+        certain = self.goal - (rest if rest < self.min_group else 0)
+        if self.minimum > certain:
+            raise InvalidConfig(
+                f"groups of {self.max_group} may leave {rest} devices over, too few for a group",
+                hint="make groups.size fit the goal, or minimum smaller",
+                expected=f"minimum <= {certain}",
+                got=self.minimum,
+            )
         shape = choose_shape(
             self.max_group,
             groups.corrupt_fraction,

@@ -58,6 +58,7 @@ class Scheduler:
         self._clock = clock
         self._turn = asyncio.Lock()
         self._complaints: dict[int, str] = {}
+        self._live: set[int] = set()
 
     async def run(self, tick_s: float) -> None:
         """Look whenever the bell rings, and every `tick_s` seconds for deadlines."""
@@ -88,6 +89,9 @@ class Scheduler:
         now = self._clock.now()
         self._board.refresh(now)
         live = {record.round_id for record in self._store.rounds.live(now)}
+        ended, self._live = self._live - live, live
+        if ended:
+            self._store.database.forget()
         for name in self._private.scopes():
             kind, _, number = name.partition("-")
             if kind == "round" and int(number) not in live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class Database:
                 "the database belongs to a newer version of Homespun",
                 hint="run that version again, or restore a backup from before it",
             ) from error
+
+    def forget(self) -> None:
+        """What was deleted is gone from the files as well: SQLite keeps it in its log until that is written anew."""
+        if self._engine.dialect.name == "sqlite":
+            with self._turn, closing(self._engine.raw_connection()) as connection:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         self._engine.dispose()
