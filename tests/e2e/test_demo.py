@@ -39,6 +39,8 @@ def rates(text: str, model: str) -> list[float]:
 def test_the_demo_can_be_interrupted_and_still_ships_a_better_model(tmp_path):
     directory = tmp_path / "demo"
     arguments = command(directory, "--devices", "24", "--rounds", "3")
+    # Tests that run in the background of a shell ignore it, and their children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:  # until its first round is over

@@ -46,7 +46,7 @@ STEPS = ("advertise-keys", "share-keys", "mask-input", "agree", "unmask")
 STEP_S = 60.0
 """Longest that a step waits, as in `GroupSpec`."""
 MOST_TURNS = 80
-_STEP_OF = {
+_STEP_OF: dict[Any, str] = {
     Terms: "advertise-keys",
     ShareKeysRequest: "share-keys",
     MaskInputRequest: "mask-input",

@@ -28,7 +28,8 @@ from homespun.protocol.signing import request_headers
 from homespun.protocol.tasks import OptimizerSpec
 from homespun.protocol.views import Event, PopulationView, TaskView
 from homespun.tensors import codec as tensors
-from tests.fleet.world import POPULATION, Device, synthetic_plan
+from tests.fleet.device import POPULATION, Device
+from tests.fleet.world import synthetic_plan
 
 
 def num_devices(world):

@@ -14,6 +14,7 @@ from homespun.errors import (
     BadShare,
     BadSignature,
     Conflict,
+    HomespunError,
     NotAllowed,
     NotAuthentic,
     NotFound,
@@ -91,7 +92,7 @@ def bad_bodies(member, others):
             "another layout of the same length": (other + body[12:], ShapeMismatch),
             "another vector than was signed": (bytes(flipped), BadSignature),
         }
-    cases = {
+    cases: dict[str, tuple[bytes, type[HomespunError]]] = {
         "empty": (b"", BadFrame),
         "no JSON": (b"{", BadFrame),
         "another type": (b"[]", BadFrame),

@@ -21,7 +21,7 @@ from homespun.protocol.messages import (
 from homespun.protocol.views import ReleaseView
 from homespun.server.releases import mean_and_error
 from homespun.server.store.records import ReleaseRequest
-from tests.fleet.world import POPULATION
+from tests.fleet.device import POPULATION
 
 PATH = f"/v1/releases/{POPULATION}/default"
 
