@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from homespun.device.secure import group_work
 from homespun.errors import WrongStep
 from homespun.learning.algorithm import Algorithm
 from homespun.learning.contribution import Contribution
@@ -24,7 +25,6 @@ from homespun.protocol.messages import (
     ReportState,
     Settled,
     Waiting,
-    checkpoints_hash,
     encode,
 )
 from homespun.secagg import device as secagg
@@ -141,7 +141,12 @@ class Member:
                 self.sent.clear()
                 identity = self.device.public
                 state, answer = secagg.advertise_keys(
-                    request, self._work(), self.demands, identity, key, self._entropy
+                    request,
+                    self.work,
+                    self.demands,
+                    identity,
+                    key,
+                    self._entropy,
                 )
             case ShareKeysRequest():
                 state, answer = secagg.share_keys(self._state, request, self._entropy)
@@ -158,24 +163,12 @@ class Member:
         return encode(answer)
 
     @property
+    def work(self) -> secagg.Work:
+        return group_work(self.task_name, self.assigned, self.device.codec(self.assigned))
+
+    @property
     def _state(self) -> secagg.DeviceState:
         return secagg.load(self.state)
-
-    def _work(self) -> secagg.Work:
-        assigned, codec = self.assigned, self.device.codec(self.assigned)
-        return secagg.Work(
-            task=self.task_name,
-            round_number=assigned.round_number,
-            attempt=assigned.attempt,
-            plan_hash=assigned.plan_hash,
-            ancestry=(checkpoints_hash(assigned.checkpoints),),
-            bits=codec.bits,
-            dimension=codec.dimension,
-            num_aux=len(codec.aux_names),
-            schema=codec.schema,
-            clip=codec.clip,
-            n_max=codec.max_group,
-        )
 
     def _entropy(self, size: int) -> bytes:
         """As good as random here, never the same twice, and the same in every run."""

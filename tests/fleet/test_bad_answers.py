@@ -244,7 +244,7 @@ def test_a_key_that_another_member_has(stage):
     draws = iter([stolen.c_secret, bytes(range(32)), bytes(range(32)), bytes(16)])
     _, copied = secagg.advertise_keys(
         second.last,
-        second._work(),
+        second.work,
         second.demands,
         second.device.public,
         second.device.key,

@@ -17,9 +17,10 @@ from homespun.device.identity import Identity
 from homespun.device.sealing import Seal
 from homespun.device.work import Work
 from homespun.errors import StorageFailure, WrongStep
+from homespun.learning.contribution import ContributionCodec
 from homespun.protocol import messages
 from homespun.protocol.frame import decode_contribution, encode_masked_input
-from homespun.protocol.messages import checkpoints_hash
+from homespun.protocol.messages import Assigned, checkpoints_hash
 from homespun.secagg import device as secagg
 from homespun.secagg.messages import (
     Agree,
@@ -79,21 +80,8 @@ class Member:
             # The server can open that group, whatever it says. The same vectors in a second one would give it
             # the difference of two sums: of those whose members are all the same but one, what that one sent.
             raise WrongStep("another group after this device helped to open its first")
-        manifest, assigned = self.work.verified().manifest, self.work.assigned
-        codec = self.work.codec(manifest)
-        work = secagg.Work(
-            task=self.task,
-            round_number=assigned.round_number,
-            attempt=assigned.attempt,
-            plan_hash=assigned.plan_hash,
-            ancestry=(checkpoints_hash(assigned.checkpoints),),
-            bits=codec.bits,
-            dimension=codec.dimension,
-            num_aux=len(codec.aux_names),
-            schema=codec.schema,
-            clip=codec.clip,
-            n_max=codec.max_group,
-        )
+        codec = self.work.codec(self.work.verified().manifest)
+        work = group_work(self.task, self.work.assigned, codec)
         demands = secagg.Demands(smallest_group=self.min_group)
         identity = self.identity
         state, keys = secagg.advertise_keys(
@@ -128,3 +116,20 @@ class Member:
     def _bound(self) -> bytes:
         """The state of another session does not open."""
         return f"homespun-group-v1/{self.work.directory.name}".encode()
+
+
+def group_work(task: str, assigned: Assigned, codec: ContributionCodec) -> secagg.Work:
+    """What the terms of a group must say for a contribution of this assignment."""
+    return secagg.Work(
+        task=task,
+        round_number=assigned.round_number,
+        attempt=assigned.attempt,
+        plan_hash=assigned.plan_hash,
+        ancestry=(checkpoints_hash(assigned.checkpoints),),
+        bits=codec.bits,
+        dimension=codec.dimension,
+        num_aux=len(codec.aux_names),
+        schema=codec.schema,
+        clip=codec.clip,
+        n_max=codec.max_group,
+    )
