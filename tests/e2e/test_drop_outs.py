@@ -116,7 +116,7 @@ class Fleet:
             attempt=1,
             plan_hash=spec.plan_hash,
             checkpoints=spec.checkpoints,
-            encoding=encoding(spec, PLAN.manifest, seed),
+            encoding=encoding(spec, PLAN.manifest, 1, 1),
             aggregation=spec.aggregation,
             seed=seed,
             deadline_s=spec.deadline_s,
@@ -127,7 +127,7 @@ class Fleet:
 
     def assert_sum_of(self, task: TaskView, indices: Collection[int]) -> None:
         """The round's checkpoint is that of the contributions of exactly these devices, each counted once."""
-        codec = contribution_codec(task.spec, PLAN.manifest, round_seed(task.spec, 1, 1))
+        codec = contribution_codec(task.spec, PLAN.manifest, 1, 1)
         algorithm = Algorithm(PLAN.manifest.shapes, codec, server_optimizer("FedAvg", {}))
         said = [self.contribution(task, index) for index in indices]
         moved, _, _ = algorithm.server_update(INITIAL, {}, *said)

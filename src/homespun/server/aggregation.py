@@ -28,12 +28,10 @@ def round_seed(spec: TaskSpec, number: int, attempt: int) -> int:
     return derive_seed(spec.seed, number, attempt)
 
 
-def encoding(spec: TaskSpec, manifest: Manifest, seed: int) -> Encoding:
-    """How devices turn what they have into integers. Evaluation carries metrics only, every device alike.
-
-    `seed`: of the round attempt.
-    """
+def encoding(spec: TaskSpec, manifest: Manifest, number: int, attempt: int) -> Encoding:
+    """How devices of a round attempt make integers. Evaluation carries metrics only, every device alike."""
     train = spec.kind is TaskKind.TRAIN
+    seed = round_seed(spec, number, attempt)
     return Encoding(
         bits=spec.bits,
         clip_norm=manifest.clip_norm if train else 1.0,
@@ -43,10 +41,12 @@ def encoding(spec: TaskSpec, manifest: Manifest, seed: int) -> Encoding:
     )
 
 
-def contribution_codec(spec: TaskSpec, manifest: Manifest, seed: int) -> ContributionCodec:
-    """The codec that both ends of a round attempt with this seed use."""
+def contribution_codec(
+    spec: TaskSpec, manifest: Manifest, number: int, attempt: int
+) -> ContributionCodec:
+    """The codec that both ends of a round attempt use."""
     metrics = ("loss", *manifest.metrics)
-    how = encoding(spec, manifest, seed)
+    how = encoding(spec, manifest, number, attempt)
     train = spec.kind is TaskKind.TRAIN
     return ContributionCodec(
         dimension=manifest.num_parameters if train else 0,
@@ -116,8 +116,7 @@ def aggregate(record: RoundRecord, library: Library, blobs: Blobs, private: Blob
     """
     task = record.task
     manifest = library.manifest(task.spec.plan_hash)
-    seed = round_seed(task.spec, record.number, record.attempt)
-    codec = contribution_codec(task.spec, manifest, seed)
+    codec = contribution_codec(task.spec, manifest, record.number, record.attempt)
     scope = round_scope(private, record.round_id)
     sums = [decode_contribution(scope.get(address)) for address in record.sums]
     if task.spec.kind is TaskKind.EVALUATE:

@@ -16,12 +16,7 @@ from homespun.protocol.messages import (
 from homespun.protocol.round import RoundState
 from homespun.protocol.selection import in_bucket
 from homespun.protocol.views import TaskState
-from homespun.server.aggregation import (
-    contribution_codec,
-    report_size,
-    round_checkpoints,
-    round_seed,
-)
+from homespun.server.aggregation import contribution_codec, report_size, round_checkpoints
 from homespun.server.blobs import Blobs
 from homespun.server.library import Library
 from homespun.server.store import Store
@@ -87,7 +82,7 @@ class Board:
     def _offer(self, record: RoundRecord) -> tuple[int, Offer]:
         spec = record.task.spec
         manifest = self._library.manifest(spec.plan_hash)
-        codec = contribution_codec(spec, manifest, round_seed(spec, record.number, record.attempt))
+        codec = contribution_codec(spec, manifest, record.number, record.attempt)
         checkpoints = round_checkpoints(spec, record.base)
         offer = Offer(
             task_id=record.task.task_id,

@@ -19,7 +19,7 @@ from homespun.protocol.group import LIVE, due
 from homespun.protocol.messages import GroupReply, ReportState, Settled
 from homespun.protocol.round import RoundState
 from homespun.secagg.messages import AdvertiseKeys, Terms
-from homespun.server.aggregation import contribution_codec, group_terms, round_scope, round_seed
+from homespun.server.aggregation import contribution_codec, group_terms, round_scope
 from homespun.server.batches import Batches
 from homespun.server.blobs import Blobs
 from homespun.server.group import AGAIN, Answer, Arrival, LiveGroup
@@ -156,7 +156,7 @@ class GroupDesk:
 
     def _terms(self, task: TaskRecord, base: Hash, number: int, attempt: int) -> Terms:
         manifest = self._library.manifest(task.spec.plan_hash)
-        codec = contribution_codec(task.spec, manifest, round_seed(task.spec, number, attempt))
+        codec = contribution_codec(task.spec, manifest, number, attempt)
         return group_terms(task, base, number, attempt, codec)
 
     async def _work(

@@ -170,12 +170,13 @@ class DeviceApi:
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
         spec = task.spec
-        seed = round_seed(spec, message.round_number, message.attempt)
         if isinstance(answer, Gathered):
             # Soon enough to be still waiting when the draw comes.
             return Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=CLAIM_GRACE_S / 3))
         if not isinstance(answer, Drawn):
             return Rejected(reason=answer.reason, retry=spec.retry)
+        manifest = self._home.library.manifest(spec.plan_hash)
+        place = message.round_number, message.attempt
         return Assigned(
             assignment_id=answer.assignment_id,
             kind=spec.kind,
@@ -183,9 +184,9 @@ class DeviceApi:
             attempt=message.attempt,
             plan_hash=spec.plan_hash,
             checkpoints=round_checkpoints(spec, answer.base),
-            encoding=encoding(spec, self._home.library.manifest(spec.plan_hash), seed),
+            encoding=encoding(spec, manifest, *place),
             aggregation=spec.aggregation,
-            seed=seed,
+            seed=round_seed(spec, *place),
             deadline_s=max(0.0, answer.deadline_at - self._home.clock.now()),
         )
 
@@ -360,9 +361,7 @@ class DeviceApi:
         """How a report is encoded."""
         spec = expected.task.spec
         manifest = await asyncio.to_thread(self._home.library.manifest, spec.plan_hash)
-        return contribution_codec(
-            spec, manifest, round_seed(spec, expected.number, expected.attempt)
-        )
+        return contribution_codec(spec, manifest, expected.number, expected.attempt)
 
     async def _checked(
         self, assignment: str, codec: ContributionCodec, body: bytearray

@@ -33,7 +33,7 @@ from homespun.protocol.views import (
     TaskView,
     TokenView,
 )
-from homespun.server.aggregation import chain, contribution_codec, round_seed
+from homespun.server.aggregation import chain, contribution_codec
 from homespun.server.api.problems import Problems, from_http, problem_response
 from homespun.server.api.requests import read_body
 from homespun.server.deployment import Deployment
@@ -242,9 +242,7 @@ class OperatorApi:
         manifest = self._home.library.manifest(spec.plan_hash)
         if spec.kind is TaskKind.TRAIN:
             server_optimizer(spec.optimizer.name, spec.optimizer.settings)
-        _ = contribution_codec(
-            spec, manifest, round_seed(spec, 1, 1)
-        ).fixed_point  # clip, bits and cohort fit together
+        contribution_codec(spec, manifest, 1, 1)  # clip, bits and group fit together
         first = chain(None, spec.checkpoints[0], 0)
         return self._home.store.tasks.create(spec, secrets.token_hex(16), first, self._now())
 
