@@ -96,7 +96,7 @@ def test_restarting_between_any_two_requests_changes_nothing(make_world, undistu
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("what", ["snapshot", "rows"])
 def test_a_power_cut_in_a_group_commit_counts_nobody_twice(make_world, undisturbed, what, moment):
-    world = make_world(4, group_s=0.2, group_size=2)
+    world = make_world(4, batch_s=0.2, batch_size=2)
     task = world.create_task(num_rounds=2)
     cohort = world.gather(task)
     first, assigned = cohort[0]
@@ -179,7 +179,7 @@ def test_a_full_disk_while_aggregating_delays_the_round(make_world, undisturbed)
 
 
 def test_uploads_that_arrive_together_are_one_group(make_world):
-    world = make_world(6, group_s=5.0, group_size=6)
+    world = make_world(6, batch_s=5.0, batch_size=6)
     task = world.create_task(goal=6)
     cohort = world.gather(task)
     record, groups = world.deployment.store.reports.record, []
@@ -196,7 +196,7 @@ def test_uploads_that_arrive_together_are_one_group(make_world):
 
 
 def test_one_report_sent_many_times_at_once_counts_once(make_world):
-    world = make_world(4, group_s=0.2)
+    world = make_world(4, batch_s=0.2)
     task = world.create_task(goal=4)
     cohort = world.gather(task)
     device, assigned = cohort[0]
@@ -210,7 +210,7 @@ def test_one_report_sent_many_times_at_once_counts_once(make_world):
 
 def test_a_group_leaves_out_what_is_not_expected_any_more(make_world):
     """Between looking at an assignment and adding its report, the device gave it up."""
-    world = make_world(5, group_s=0.3)
+    world = make_world(5, batch_s=0.3)
     task = world.create_task(num_rounds=2, goal=4, over_selection=1.25)
     assert task.spec.cohort_size == 5
     cohort = world.gather(task)

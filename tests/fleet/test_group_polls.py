@@ -20,7 +20,7 @@ def through(member):
 
 
 def test_everybody_goes_on_as_soon_as_everybody_answered(make_world):
-    world = make_world(6, group_s=0.01)
+    world = make_world(6, batch_s=0.01)
     task = world.create_task(goal=6, aggregation=Aggregation.SECURE)
     members = world.members(task)
     with ThreadPoolExecutor(6) as devices:

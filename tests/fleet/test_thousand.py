@@ -51,7 +51,7 @@ def everybody(pool: ThreadPoolExecutor, members: list[Light]) -> None:
 
 
 def test_a_thousand_devices_are_one_sum(make_world):
-    world = make_world(0, plan=synthetic_plan((DIMENSION,)), group_s=0.005)
+    world = make_world(0, plan=synthetic_plan((DIMENSION,)), batch_s=0.005)
     rng = Random(1)
     with ThreadPoolExecutor(32) as pool:
         devices, token = [Device(world, index) for index in range(NUM_DEVICES)], world.token()

@@ -87,7 +87,7 @@ class World:
     ):
         self.clock = ManualClock()
         self.settings = Settings(
-            data_dir=data_dir, **{"tick_s": NEVER_S, "group_s": 0.0, **settings}
+            data_dir=data_dir, **{"tick_s": NEVER_S, "batch_s": 0.0, **settings}
         )
         self.plan = plan or synthetic_plan()
         self.start()

@@ -27,7 +27,7 @@ class _Waiting(Generic[T, R]):
 
 
 class Batches(Generic[T, R]):
-    """Calls `commit` with what came within `group_s`, at most `group_size` items, one call at a time.
+    """Calls `commit` with what came within `batch_s`, at most `batch_size` items, one call at a time.
 
     `commit` gives a result or an error for each item, or raises one for all of them.
     """
@@ -38,7 +38,7 @@ class Batches(Generic[T, R]):
         settings: Settings,
     ) -> None:
         self._commit = commit
-        self._wait_s, self._size = settings.group_s, settings.group_size
+        self._wait_s, self._size = settings.batch_s, settings.batch_size
         self._queue: deque[_Waiting[T, R]] = deque()
         self._full = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -69,9 +69,11 @@ class Batches(Generic[T, R]):
             results: Sequence[R | Exception]
             try:
                 results = await self._commit([waiting.item for waiting in batch])
+            except HomespunError as error:
+                log.warning("a batch was not taken", reason=error.message)
+                results = [error] * len(batch)
             except Exception as error:  # the worker must go on; everybody who waits learns of it
-                known = isinstance(error, HomespunError)
-                log.log(30 if known else 40, "not taken", reason=str(error), exc_info=not known)
+                log.exception("a batch was not taken")
                 results = [error] * len(batch)
             for waiting, result in zip(batch, results, strict=True):
                 if waiting.done.done():  # whoever waited has gone

@@ -1,9 +1,9 @@
-"""Intake: contributions become part of a running sum, in groups that are durable before anyone is told.
+"""Intake: contributions become part of a running sum, in batches that are durable before anyone is told.
 
     body -> checked -> queue -> (20 ms or 64 uploads) -> added, snapshot of the sum synced, rows committed -> receipts
 
 Per open round there is one sum and one worker, so memory grows with the models and the open rounds, never with
-the cohort, and the snapshot is written from the sum itself without a copy. The database decides: a group whose
+the cohort, and the snapshot is written from the sum itself without a copy. The database decides: a batch whose
 rows are refused was never added, and the sum is read again from the last snapshot.
 """
 
@@ -48,7 +48,7 @@ class _Sum:
 
 
 class Intake:
-    """`on_due` is called when a group may have brought a round to its goal."""
+    """`on_due` is called when a batch may have brought a round to its goal."""
 
     def __init__(
         self, store: Store, private: Blobs, settings: Settings, on_due: Callable[[], None]
@@ -80,24 +80,24 @@ class Intake:
             del self._sums[round_id]
 
     async def drain(self) -> None:
-        """Wait for the groups that are under way."""
+        """Wait for what is under way."""
         await asyncio.gather(*(running.batches.drain() for running in self._sums.values()))
 
     def _begin(self, round_id: int, codec: ContributionCodec) -> _Sum:
-        async def commit(group: list[_Upload]) -> list[bool]:
-            accepted, due = await asyncio.to_thread(self._commit, running, group)
+        async def commit(batch: list[_Upload]) -> list[bool]:
+            accepted, due = await asyncio.to_thread(self._commit, running, batch)
             if due:
                 self._on_due()
-            return [upload in accepted for upload in group]
+            return [upload in accepted for upload in batch]
 
         running = _Sum(round_id, codec, Batches(commit, self._settings))
         self._sums[round_id] = running
         return running
 
-    def _commit(self, running: _Sum, group: list[_Upload]) -> tuple[list[_Upload], bool]:
-        """Make a group durable, leaving out what the store refuses. Runs in a worker thread."""
+    def _commit(self, running: _Sum, batch: list[_Upload]) -> tuple[list[_Upload], bool]:
+        """Make a batch durable, leaving out what the store refuses. Runs in a worker thread."""
         # Of two uploads for one assignment the first counts; the other then finds the receipt settled.
-        fresh = {upload.receipt_id: upload for upload in reversed(group)}
+        fresh = {upload.receipt_id: upload for upload in reversed(batch)}
         while fresh:
             try:
                 if running.total is None:

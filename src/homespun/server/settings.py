@@ -16,7 +16,7 @@ class Settings(BaseSettings):
     """Sizes are in bytes, times in seconds.
 
     `max_wait_s`: longest that a long poll is held; `tick_s`: how often deadlines are looked at when nothing
-    happens; `group_s`, `group_size`: uploads that become durable together; `upload_memory`: report bodies in
+    happens; `batch_s`, `batch_size`: uploads that become durable together; `upload_memory`: report bodies in
     memory at once; `upload_timeout_s`: longest that one body may take; `retry_*_s`: when a device of a population
     without any task comes back.
     """
@@ -29,8 +29,8 @@ class Settings(BaseSettings):
     database_url: str = ""
     max_wait_s: Annotated[float, Field(ge=0)] = 25.0
     tick_s: Annotated[float, Field(gt=0)] = 1.0
-    group_s: Annotated[float, Field(ge=0)] = 0.02
-    group_size: Annotated[int, Field(ge=1)] = 64
+    batch_s: Annotated[float, Field(ge=0)] = 0.02
+    batch_size: Annotated[int, Field(ge=1)] = 64
     upload_memory: Annotated[int, Field(ge=1)] = 128 * 2**20
     upload_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     max_message: Annotated[int, Field(ge=1024)] = 64 * 2**10
