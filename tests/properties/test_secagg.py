@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from homespun.errors import SecureAggregationError, TooManyDropOuts
 from homespun.rng import stream
-from homespun.secagg.graph import Adversary
+from homespun.secagg.graph import Adversary, choose_shape
 from tests.vectors.secagg import STEPS, World
 
 STAYS = "stays"
@@ -59,6 +59,21 @@ def test_any_group_any_drop_outs_any_order(data):
     gone = data.draw(st.dictionaries(numbers, st.sampled_from(STEPS), max_size=bearable + 1))
     world = World(num_devices, bits=bits, dimension=dimension, num_aux=num_aux)
     assert check(world, gone, data.draw(st.integers(0, 2**32))) == must_open(num_devices, gone)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(17, 200), st.integers(0, 2**32), st.integers(-3, 2))
+def test_groups_of_any_size_with_the_default_terms(num_devices: int, seed: int, beyond: int):
+    """Complete up to 64 devices, rings above; as many losses as it bears, some fewer, or too many."""
+    world = World(num_devices, corrupt_fraction=0.05, drop_out_fraction=0.1, dimension=5, bits=16)
+    shape = choose_shape(num_devices, 0.05, 0.1, Adversary.SEMI_MALICIOUS)
+    assert shape.is_complete == (num_devices <= 64)
+    rng = stream(seed, "fates")
+    lost = rng.permutation(num_devices)[: max(0, shape.max_drop_outs + beyond)].tolist()
+    gone = {index: STEPS[rng.integers(len(STEPS))] for index in lost}
+    opened = check(world, gone, seed)
+    # Those who leave when the survivors are fixed are no loss to a ring, as long as everybody has neighbours left.
+    assert opened or beyond > 0
 
 
 def test_a_large_complete_group():

@@ -24,8 +24,8 @@ class Policy(Message, frozen=True, kw_only=True):
     """The device's own rules, which no server can override.
 
     `allow_plain`: accept tasks without secure aggregation; `min_group`: never be part of a sum over fewer devices;
-    `unknown_is_met`: count a condition that the
-    platform cannot report as met; `max_daily_*`: participations and bytes per 24 hours.
+    `unknown_is_met`: count a condition that the platform cannot report as met; `max_daily_*`: participations and
+    bytes per 24 hours.
     """
 
     allow_plain: bool = False

@@ -32,7 +32,7 @@ from homespun.secagg.messages import AdvertiseKeys, Agree, MaskedInput, ShareKey
 from homespun.secagg.server import Group
 from homespun.server.blobs import Blobs, discard
 from homespun.server.store import Store
-from homespun.server.store.records import GroupChange, GroupCounts, GroupRecord, Recorded
+from homespun.server.store.records import GroupChange, GroupCounts, GroupRecord
 from homespun.server.store.reports import receipt_id
 from homespun.types import Hash
 
@@ -99,9 +99,9 @@ class LiveGroup:
                 return group.agree_request()
             case G.UNMASK if index in group.state.agreed:
                 return group.unmask_request(index)
-        return (
-            None if asking.state is not G.MASK_INPUT and index not in group.state.masked else AGAIN
-        )
+            case G.AGREE | G.UNMASK if index not in group.state.masked:
+                return None
+        return AGAIN
 
     def take(self, arrivals: Collection[Arrival]) -> dict[Arrival, HomespunError]:
         """Make answers durable, leaving out those that the group or the store refuses, which are returned.
@@ -212,16 +212,16 @@ class LiveGroup:
         """Make the group as it is now durable. None, or what the store has against it: then nothing changed."""
         try:
             snapshot = self._scope.put(*_snapshot_parts(group))
-            outcome = self._store.groups.record(
+            refused = self._store.groups.record(
                 self.record.group_id, self._snapshot, snapshot, change
             )
         except BaseException:
             self._group = None
             raise
-        if not isinstance(outcome, Recorded):
+        if refused is not None:
             self._group = None
             discard(self._scope, snapshot)
-            return outcome.receipt_ids
+            return refused.receipt_ids
         if self._snapshot is not None:
             discard(self._scope, self._snapshot)
         self._snapshot = snapshot
@@ -278,8 +278,6 @@ def _from_snapshot(data: bytearray, terms: Terms) -> Group:
     start = _LENGTH.size + length
     empty = Group(terms)
     middle = start + empty.aux.nbytes
-    aux = empty.aux.copy()
-    aux.data.cast("B")[:] = data[start:middle]
-    main = empty.main
-    main.data.cast("B")[:] = data[middle:]
-    return Group.load(bytes(data[_LENGTH.size : start]), main, aux)
+    empty.aux.data.cast("B")[:] = data[start:middle]
+    empty.main.data.cast("B")[:] = data[middle:]
+    return Group.load(bytes(data[_LENGTH.size : start]), empty.main, empty.aux)

@@ -7,7 +7,7 @@ the reports in the sum and the counts change in one transaction (`record`), so w
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
@@ -31,7 +31,6 @@ from homespun.server.store.events import add_event
 from homespun.server.store.records import (
     GroupChange,
     GroupRecord,
-    Recorded,
     Refused,
     decode_spec,
     task_record,
@@ -115,7 +114,7 @@ class Groups:
 
     def record(
         self, group_id: int, previous: Hash | None, snapshot: Hash, change: GroupChange
-    ) -> Recorded | Refused:
+    ) -> Refused | None:
         """A group commit: answers, and perhaps the end of a step, turned `previous` into `snapshot`.
 
         All or nothing. Refused when the report of one that joined or reported is not expected any more, when one
@@ -145,7 +144,7 @@ class Groups:
             if row.state == GroupState.MASK_INPUT and change.state == GroupState.AGREE:
                 _settle(connection, group_id, ReportState.LATE, "dropped out of its group")
                 _count_reports(connection, row.round_id)
-            return Recorded(due=True)
+            return None
 
     def open(self, group_id: int, previous: Hash, total: Hash, now: float) -> bool:
         """UNMASK -> OPENED: the sum without masks is `total`, and what could open it is forgotten."""
@@ -323,7 +322,7 @@ def _view(connection: Connection, row: Row[Any]) -> GroupView:
 
 
 def _forming(connection: Connection, row: Row[Any], spec: TaskSpec, view: GroupView) -> GroupView:
-    coming = 0
+    coming = 0  # reports that other groups hold or may still bring
     others = select(groups).where(groups.c.round_id == row.round_id)
     for other in connection.execute(others):
         state = GroupState(other.state)
@@ -331,11 +330,8 @@ def _forming(connection: Connection, row: Row[Any], spec: TaskSpec, view: GroupV
             coming += getattr(other, _EXPECTED_OF[state][1])
         elif state in SUMMED:
             coming += other.num_masked
-    return GroupView(
-        view.state,
-        view.num_expected,
-        view.num_answered,
-        view.deadline_at,
+    return replace(
+        view,
         n_min=spec.min_group,
         target=spec.max_group,
         wanted=spec.goal - coming,
