@@ -58,6 +58,7 @@ PARTS = (
     messages.Criteria,
     messages.Bucket,
     messages.Encoding,
+    messages.Watch,
 )
 """Records inside messages."""
 
@@ -85,6 +86,7 @@ TASK = (
     messages.Criteria,
     messages.Bucket,
     messages.RetryWindow,
+    messages.Watch,
 )
 
 COMMON = {

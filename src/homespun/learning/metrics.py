@@ -34,6 +34,26 @@ def paired_names(metrics: Sequence[str], num_checkpoints: int) -> tuple[str, ...
     return tuple(names)
 
 
+ARMS = ("stage", "control")
+"""Devices that serve the release that is watched, and those that it is compared with."""
+GUARDRAILS = ("primary", "latency", "failed")
+"""Of one device: primary metric on held-out examples, seconds of a prediction, whether the release failed there."""
+
+
+def watched_names() -> tuple[str, ...]:
+    """Metric names of a round that watches a release, in contribution order.
+
+    `stage.primary` sums one value per device of the stage (its count is the number of such devices),
+    `stage.primary_squared` their squares, and so on for every arm and guardrail; a device fills its own arm.
+    """
+    return tuple(
+        f"{arm}.{name}{suffix}"
+        for arm in ARMS
+        for name in GUARDRAILS
+        for suffix in ("", "_squared")
+    )
+
+
 def paired(results: Sequence[Mapping[str, MetricSum]], primary: str) -> dict[str, MetricSum]:
     """One device's evaluation of several checkpoints on the same held-out examples, ready to encode."""
     sums = {

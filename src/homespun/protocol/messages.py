@@ -105,6 +105,19 @@ class Encoding(Message, frozen=True, kw_only=True):
     rotation_seed: Count | None = None
 
 
+class Watch(Message, frozen=True, kw_only=True):
+    """What devices of its stage and of its control band report while a release is on its way:
+    how the model does that they serve.
+
+    `slot`: whose model; `release_id`: the release that is watched; `max_latency_s`: a prediction that takes longer
+    counts as this.
+    """
+
+    slot: Name
+    release_id: str
+    max_latency_s: Annotated[float, Meta(gt=0, le=60)] = 0.1
+
+
 # --- enrolment ----------------------------------------------------------------------------------------
 
 
@@ -146,7 +159,8 @@ class Offer(Message, frozen=True, kw_only=True):
     """One open round, and all a device needs to decide whether to claim it.
 
     `min_group`: fewest contributions that are ever decoded together; `download_bytes`: plan and checkpoints;
-    `upload_bytes`: one report.
+    `upload_bytes`: one report; `watch`: of an evaluation that asks about what devices serve (null: it brings its own
+    checkpoints).
     """
 
     task_id: str
@@ -160,6 +174,7 @@ class Offer(Message, frozen=True, kw_only=True):
     min_group: Positive
     download_bytes: Count
     upload_bytes: Count
+    watch: Watch | None = None
 
 
 class ReleaseNotice(Message, frozen=True, kw_only=True):
@@ -291,20 +306,24 @@ class Abort(Message, frozen=True, kw_only=True):
 class ReleaseManifest(Message, frozen=True, kw_only=True):
     """What a slot serves. Signed by the publisher; `sequence` only grows, a rollback is a higher number.
 
-    A device belongs to the stage when unit_interval(stage_salt, its own salt) is below the fraction; the
-    others keep what they serve.
+    With u = unit_interval(stage_salt, its own salt), a device belongs to the stage when u < fraction, and to the
+    control band when u >= 1 - control; all but the stage keep what they serve. The salt is the release's, so each
+    stage contains the one before.
 
-    `version`: for people; `checkpoint`: what the slot serves; `fraction`: share of the devices that take it;
-    `stage_salt`: chooses which; `issued_at`: Unix seconds, for people.
+    `release_id`: the same over all stages; `version`: for people; `checkpoint`: what the slot serves; `fraction`: share
+    of the devices that take it; `control`: share of the devices that it is compared with; `stage_salt`: chooses which;
+    `issued_at`: Unix seconds, for people.
     """
 
     population: Name
     slot: Name
     sequence: Positive
+    release_id: str = ""
     version: str
     plan_hash: Sha256
     checkpoint: Sha256
     fraction: Share = 1.0
+    control: Share = 0.0
     stage_salt: str = ""
     issued_at: float
 

@@ -24,6 +24,7 @@ from homespun.protocol.messages import (
     Seconds,
     Sha256,
     TaskKind,
+    Watch,
 )
 from homespun.protocol.round import cohort_size
 from homespun.secagg.graph import Adversary, choose_shape
@@ -66,7 +67,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
     reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
     `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
-    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training.
+    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training; `watch`: of
+    evaluate tasks that ask how the model does that devices serve.
     """
 
     name: Name
@@ -90,6 +92,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     rotate: bool = True
     optimizer: OptimizerSpec = OptimizerSpec()
     seed: Count = 0
+    watch: Watch | None = None
 
     def validate(self) -> None:
         """Raise `InvalidConfig` for values that cannot go together."""
