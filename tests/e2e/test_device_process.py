@@ -191,14 +191,18 @@ def holding(files: dict[str, bytes], *needles: bytes) -> set[str]:
 
 OWN = {"device.json", "identity.key", "store.key", "examples.db", "journal.db", "status.json"}
 COMPANIONS = {"journal.db-wal", "journal.db-shm"}
-MODEL = {
-    f"models/{SLOT}/{name}" for name in ("slots.json", "1/plan.zip", "1/checkpoint.safetensors")
-}
+
+
+def model(life: Life) -> str:
+    """The folder of what it serves."""
+    served = life.status.served[SLOT]
+    return f"models/{SLOT}/{served.plan_hash[:32]}-{served.checkpoint[:32]}"
 
 
 def test_nothing_of_a_session_stays(life: Life):
     assert OWN <= set(life.after_session) <= OWN | COMPANIONS
-    assert set(life.at_the_end) == OWN | MODEL
+    files = {f"{model(life)}/{name}" for name in ("plan.zip", "checkpoint.safetensors")}
+    assert set(life.at_the_end) == OWN | files | {"models/serving.db"}
     assert not list(life.home.work.iterdir())
 
 
@@ -206,7 +210,7 @@ def test_no_parameters_are_anywhere_but_in_the_served_model(life: Life):
     assert len(life.parameters) >= 8
     assert holding(life.after_session, *life.parameters) == set()
     served = holding(life.at_the_end, *life.parameters)  # so the search finds what is there
-    assert served == {f"models/{SLOT}/1/checkpoint.safetensors"}
+    assert served == {f"{model(life)}/checkpoint.safetensors"}
 
 
 def test_examples_are_never_in_clear_on_the_disk(life: Life):
@@ -215,7 +219,7 @@ def test_examples_are_never_in_clear_on_the_disk(life: Life):
         for form in (text.encode(), text.encode("utf-16-le"), text.encode().hex().encode()):
             assert holding(life.after_session, form) == set()
     assert CANARY not in life.log
-    assert holding(life.at_the_end, b"gave") == {f"models/{SLOT}/1/plan.zip"}  # the public words
+    assert holding(life.at_the_end, b"gave") == {f"{model(life)}/plan.zip"}  # the public words
 
 
 def test_private_files_are_for_their_owner_only(life: Life):

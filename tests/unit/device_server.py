@@ -124,6 +124,7 @@ class FakeServer(httpx.BaseTransport):
     states: dict[str, Receipt] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     releases: dict[str, tuple[int, SignedRelease]] = field(default_factory=dict)
+    deployed: dict[str, SignedRelease] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     failure: Callable[[httpx.Request], None] | None = None
     after: Callable[[httpx.Request], None] | None = None
@@ -192,6 +193,8 @@ class FakeServer(httpx.BaseTransport):
                 return self._answer(self.states[name])
             case ["releases", _, slot]:
                 return self._answer(self.releases[slot][1])
+            case ["releases", _, slot, "deployed"] if slot in self.deployed:
+                return self._answer(self.deployed[slot])
         raise NotFound("no such route")
 
     def _answer(self, message: Any) -> httpx.Response:
@@ -368,8 +371,11 @@ class FakeServer(httpx.BaseTransport):
         key: Ed25519PrivateKey = PUBLISHER,
         population: str = POPULATION,
         fraction: float = 1.0,
+        control: float = 0.0,
+        release_id: str = "",
+        stage_salt: str = "",
     ) -> SignedRelease:
-        """Publish a release; devices see it at their next check-in."""
+        """Publish a release, or a stage of one; devices see it at their next check-in."""
         manifest = ReleaseManifest(
             population=population,
             slot=slot,
@@ -377,7 +383,10 @@ class FakeServer(httpx.BaseTransport):
             version=f"v{sequence}",
             plan_hash=self.put(plan.to_bytes()),
             checkpoint=self.put(checkpoint),
+            release_id=release_id,
             fraction=fraction,
+            control=control,
+            stage_salt=stage_salt,
             issued_at=self.clock.now(),
         )
         data = messages.encode(manifest)
@@ -386,6 +395,8 @@ class FakeServer(httpx.BaseTransport):
             signature=base64.b64encode(key.sign(RELEASE_CONTEXT + data)).decode(),
         )
         self.releases[slot] = (sequence, signed)
+        if fraction == 1:
+            self.deployed[slot] = signed
         return signed
 
 

@@ -13,6 +13,7 @@ from homespun import zoo
 from homespun.clock import ManualClock
 from homespun.corpora.vocabulary import Vocabulary
 from homespun.device.models import CHECKPOINT_FILE, Models
+from homespun.device.serving import content_of
 from homespun.device.status import read_status
 from homespun.errors import (
     HomespunError,
@@ -68,9 +69,20 @@ def install(models: Models, server: FakeServer, signed: SignedRelease, slot: str
     return models.install(slot, signed, fetch)
 
 
-def files(models: Models) -> set[str]:
-    root = models._root
-    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+def folder(models: Models, slot: str = "default") -> Path:
+    """Where the model lies that is served."""
+    active = models.slots(slot).active
+    assert active is not None
+    return models._root / slot / content_of(active)
+
+
+def contents(models: Models) -> set[str]:
+    """The models whose files lie here."""
+    return {path.name for path in (models._root / "default").iterdir()}
+
+
+def reasons(models: Models) -> list[str]:
+    return [failure.reason for failure in models.slots("default").failed]
 
 
 def test_nothing_is_served_at_first(models: Models):
@@ -85,11 +97,7 @@ def test_a_release_is_served(models: Models, server: FakeServer):
     assert len({suggestion.word for suggestion in found}) == 3
     assert all(0 < suggestion.probability < 1 for suggestion in found)
     assert models.predict("", k=1, prefix="ca")[0].word == "cat"
-    assert files(models) == {
-        "default/slots.json",
-        "default/1/plan.zip",
-        "default/1/checkpoint.safetensors",
-    }
+    assert {path.name for path in folder(models).iterdir()} == {"plan.zip", CHECKPOINT_FILE}
 
 
 def test_the_one_before_is_kept_and_no_other(models: Models, server: FakeServer):
@@ -99,7 +107,7 @@ def test_the_one_before_is_kept_and_no_other(models: Models, server: FakeServer)
     assert slots.active is not None
     assert slots.previous is not None
     assert (slots.active.sequence, slots.previous.sequence, slots.candidate) == (3, 2, None)
-    assert {name.split("/")[1] for name in files(models)} == {"slots.json", "2", "3"}
+    assert contents(models) == {content_of(slots.active), content_of(slots.previous)}
     assert models.unserved() == []
 
 
@@ -155,7 +163,7 @@ def test_a_model_that_cannot_be_served_changes_nothing_and_is_not_tried_again(
         install(models, server, server.release(plan, checkpoint, 2))
     assert models.predict("thank you") == before
     assert models.sequence("default") == 2
-    assert 2 in models.served()["default"].failed
+    assert len(reasons(models)) == 1
     assert models.unserved() == []
     assert install(models, server, server.release(KEYBOARD, SECOND, 3))
 
@@ -179,25 +187,26 @@ def test_a_download_that_breaks_is_tried_again(models: Models, server: FakeServe
 def test_a_crash_while_installing_leaves_the_old_model(models: Models, server: FakeServer):
     install(models, server, server.release(KEYBOARD, FIRST, 1))
     before = models.predict("thank you")
-    (models._root / "default" / "2").mkdir()
-    (models._root / "default" / "2" / "plan.zip").write_bytes(b"half")
-    (models._root / "default" / "slots.json.tmp").write_bytes(b"half")
+    (models._root / "default" / "half").mkdir()
+    (models._root / "default" / "half" / "plan.zip").write_bytes(b"half")
+    (models._root / "serving.db.tmp").write_bytes(b"half")
     again = Models(models._root, POPULATION, (), "salt")
     assert again.predict("thank you") == before
     again.remove_unserved()
-    assert {name.split("/")[1] for name in files(models)} == {"slots.json", "1"}
+    assert contents(models) == {folder(models).name}
+    assert not (models._root / "serving.db.tmp").exists()
 
 
 def test_a_model_that_breaks_is_replaced_by_the_one_before(models: Models, server: FakeServer):
     install(models, server, server.release(KEYBOARD, FIRST, 1))
     before = models.predict("thank you")
     install(models, server, server.release(KEYBOARD, SECOND, 2))
-    (models._root / "default" / "2" / CHECKPOINT_FILE).write_bytes(b"damaged by the disk")
+    (folder(models) / CHECKPOINT_FILE).write_bytes(b"damaged by the disk")
     assert models.predict("thank you") == before
     slots = models.served()["default"]
     assert slots.active is not None
     assert slots.active.sequence == 1
-    assert "safetensors" in slots.failed[2]
+    assert ["safetensors" in reason for reason in reasons(models)] == [True]
     with pytest.raises(NotAuthentic):  # and it does not come back
         install(models, server, server.release(KEYBOARD, SECOND, 2))
 
@@ -210,14 +219,14 @@ def test_numbers_that_are_not_finite_go_back_too(models: Models, server: FakeSer
         name: np.sign(array) * np.float32(1e38)  # finite themselves, infinite when multiplied
         for name, array in initial_checkpoint(KEYBOARD.manifest, 0).items()
     }
-    (models._root / "default" / "2" / CHECKPOINT_FILE).write_bytes(encode_tree(huge))
+    (folder(models) / CHECKPOINT_FILE).write_bytes(encode_tree(huge))
     assert models.predict("thank you") == before
-    assert "finite" in models.served()["default"].failed[2]
+    assert ["finite" in reason for reason in reasons(models)] == [True]
 
 
 def test_without_another_model_the_failure_is_told(models: Models, server: FakeServer):
     install(models, server, server.release(KEYBOARD, FIRST, 1))
-    (models._root / "default" / "1" / CHECKPOINT_FILE).unlink()
+    (folder(models) / CHECKPOINT_FILE).unlink()
     with pytest.raises(StorageFailure, match="checkpoint"):
         models.predict("thank you")
 
@@ -226,7 +235,7 @@ def test_a_model_for_something_else_is_no_failure(models: Models, server: FakeSe
     install(models, server, server.release(DIGITS, FINE, 1))
     with pytest.raises(InvalidInput, match="does not read text"):
         models.predict("thank you")
-    assert models.served()["default"].failed == {}
+    assert reasons(models) == []
 
 
 def test_a_stage_is_decided_here_and_sticks(server: FakeServer, tmp_path: Path):

@@ -161,7 +161,7 @@ def status(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
         *(("refused", f"{r.task or 'everything'}: {r.text}") for r in found.refusals),
         *(("release", problem) for problem in found.release_problems),
         *(
-            ("serves", f"{slot}: {s.version}, {s.checkpoint[:12]}")
+            ("serves", f"{slot}: {s.version}, {s.checkpoint[:12]}; {s.in_words()}")
             for slot, s in found.served.items()
         ),
         ("examples", f"{found.num_examples}, of which {found.num_held_out} held out"),

@@ -26,5 +26,6 @@ def left_over(home: Home, models: Models, keep: str | None = None) -> list[Path]
 
 def clean(home: Home, models: Models, keep: str | None = None) -> None:
     """Remove all that `left_over` names; `keep` is the session under way."""
+    models.settle()
     for path in left_over(home, models, keep):
         remove(path)

@@ -26,6 +26,7 @@ from homespun.errors import (
     HomespunError,
     InvalidConfig,
     NotAuthentic,
+    NotFound,
     TooLarge,
     Unreachable,
 )
@@ -128,7 +129,15 @@ class Connection:
         return messages.decode(self._exchange("POST", path, body, 1.0, {}), Receipt)
 
     def release(self, population: str, slot: str) -> SignedRelease:
-        return self._call(SignedRelease, "GET", f"/v1/releases/{quote(population)}/{quote(slot)}")
+        """The newest release of a slot, whichever share of the devices it is for."""
+        return self._call(SignedRelease, "GET", _release(population, slot))
+
+    def deployed(self, population: str, slot: str) -> SignedRelease | None:
+        """The newest release of a slot that is for every device; None before there is one."""
+        try:
+            return self._call(SignedRelease, "GET", f"{_release(population, slot)}/deployed")
+        except NotFound:
+            return None
 
     def fetch(
         self, address: Hash, path: Path, max_bytes: int, should_stop: Callable[[], bool]
@@ -261,3 +270,7 @@ def _refusal(status: int, body: bytes) -> HomespunError:
 
 def _assignment(assignment_id: str) -> str:
     return f"/v1/assignments/{quote(assignment_id, safe='')}"
+
+
+def _release(population: str, slot: str) -> str:
+    return f"/v1/releases/{quote(population, safe='')}/{quote(slot, safe='')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from homespun.device.connection import Connection
@@ -21,6 +22,7 @@ def fetch_releases(
     should_stop: Callable[[], bool],
 ) -> list[str]:
     """Serve what is newer than what is served; the problems with releases that cannot be, which change nothing."""
+    models.settle()
 
     def fetch(address: Hash, path: Path, max_bytes: int) -> bool:
         return connection.fetch(address, path, max_bytes, should_stop)
@@ -30,7 +32,8 @@ def fetch_releases(
         if notice.sequence > models.sequence(notice.slot):
             try:
                 signed = connection.release(population, notice.slot)
-                models.install(notice.slot, signed, fetch)
+                deployed = partial(connection.deployed, population, notice.slot)
+                models.install(notice.slot, signed, fetch, deployed)
             except HomespunError as error:
                 problems.append(f"release {notice.sequence} of {notice.slot}: {error.message}")
     return problems

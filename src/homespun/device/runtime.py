@@ -172,6 +172,7 @@ class Runtime:
         finally:
             self._journal.close()
             self._examples.close()
+            self._models.close()
 
     def step(self) -> float:
         """Take one step; seconds to wait before the next one, 0 for none.

@@ -15,6 +15,7 @@ from homespun.device.examples import ExampleStore
 from homespun.device.home import Home, Settings, storage_failure, write_atomically
 from homespun.device.journal import Journal, Participation
 from homespun.device.models import Models
+from homespun.device.serving import PROBATION
 from homespun.errors import StorageFailure
 from homespun.protocol.eligibility import Conditions
 from homespun.protocol.session import Session
@@ -30,12 +31,27 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """The release that a slot serves."""
+    """The release that a slot serves, and how it does here. `mean_s`: seconds of a prediction; `on_probation`: it is
+    new, and the device would go back at once.
+    """
 
     sequence: int
     version: str
     plan_hash: Hash
     checkpoint: Hash
+    num_predictions: int = 0
+    mean_s: float | None = None
+    num_failures: int = 0
+    on_probation: bool = False
+
+    def in_words(self) -> str:
+        """How it does here, for the person."""
+        words = f"{self.num_predictions} predictions"
+        if self.mean_s is not None:
+            words += f" of {1000 * self.mean_s:.1f} ms"
+        if self.num_failures:
+            words += f", {self.num_failures} failed"
+        return words + (", on probation" if self.on_probation else "")
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,25 +141,30 @@ class Board:
             write_atomically(self._home.status_file, msgspec.json.encode(status), durable=False)
 
     def _release_problems(self) -> tuple[str, ...]:
-        """Releases that can never be served here, and what hindered the last check-in's."""
+        """Releases that have failed here, and what hindered the last check-in's."""
         failed = (
-            f"release {sequence} of {slot}: {reason}"
+            f"release {failure.version} of {slot}: {failure.reason}"
             for slot, slots in self._models.served().items()
-            for sequence, reason in slots.failed.items()
+            for failure in slots.failed
         )
         return tuple(dict.fromkeys((*failed, *self.release_problems)))
 
     def _served(self) -> dict[str, Served]:
-        return {
-            slot: Served(
-                sequence=slots.active.sequence,
-                version=slots.active.version,
-                plan_hash=slots.active.plan_hash,
-                checkpoint=slots.active.checkpoint,
-            )
-            for slot, slots in self._models.served().items()
-            if slots.active is not None
-        }
+        served = {}
+        for slot, slots in self._models.served().items():
+            if slots.active is not None:
+                usage = self._models.usage(slot, slots.active)
+                served[slot] = Served(
+                    sequence=slots.active.sequence,
+                    version=slots.active.version,
+                    plan_hash=slots.active.plan_hash,
+                    checkpoint=slots.active.checkpoint,
+                    num_predictions=usage.num_predictions,
+                    mean_s=usage.mean_s,
+                    num_failures=usage.num_failures,
+                    on_probation=usage.num_predictions < PROBATION,
+                )
+        return served
 
 
 def read_status(home: Home) -> Status | None:

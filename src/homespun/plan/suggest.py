@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from homespun.corpora.tokenizer import SENTENCE_ENDS
-from homespun.errors import NumericFailure, UnsupportedPlan
+from homespun.errors import InvalidExample, NumericFailure, PlanError, UnsupportedPlan
 from homespun.plan.engine import Predictor
 from homespun.plan.features import vocabulary
 from homespun.plan.manifest import TextFeature
@@ -42,7 +42,7 @@ class Suggester:
 
     def suggest(self, text: str, k: int = 3, prefix: str = "") -> list[Suggestion]:
         """The `k` likeliest next words after `text`, or those that begin with what is typed of the next
-        word (`prefix`). Raises NumericFailure if the model gives numbers that are not finite."""
+        word (`prefix`). Raises NumericFailure if the model gives numbers that are not finite, PlanError if it fails."""
         scores = self._scores(text)
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()
@@ -62,7 +62,13 @@ class Suggester:
         recent = ids[-self._feature.length :]
         tokens = np.full((1, self._feature.length), self._words.pad_id, np.int32)
         tokens[0, : len(recent)] = recent
-        outputs = self._predictor.predict({self._feature.input: tokens})
+        try:
+            outputs = self._predictor.predict({self._feature.input: tokens})
+        except InvalidExample as error:  # all that the model is given is its own vocabulary
+            raise PlanError(
+                "the model fails on a word that it should know",
+                hint="go back to the previous model",
+            ) from error
         first = self._words.first_word_id
         scores: FloatArray = next(iter(outputs.values()))[0, first : first + len(self._words.words)]
         if not np.isfinite(scores).all():

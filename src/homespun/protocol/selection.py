@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from homespun.protocol.messages import Bucket
+from homespun.learning.metrics import ARMS
+from homespun.protocol.messages import Bucket, ReleaseManifest
 from homespun.rng import unit_interval
+
+STAGE, CONTROL = ARMS
 
 
 def draw(
@@ -26,3 +29,13 @@ def draw(
 def in_bucket(bucket: Bucket | None, device_id: str) -> bool:
     """Whether a device belongs to the part of the population that `bucket` describes."""
     return bucket is None or bucket.low <= unit_interval(bucket.salt, device_id) < bucket.high
+
+
+def arm(release: ReleaseManifest, salt: str) -> str | None:
+    """Where the device with this salt stands: in the STAGE that serves the release, in the CONTROL band that it is
+    compared with, or (None) in neither.
+    """
+    place = unit_interval(release.stage_salt, salt)
+    if place < release.fraction:
+        return STAGE
+    return CONTROL if place >= 1 - release.control else None

@@ -1,0 +1,226 @@
+"""Probation: a new model that breaks is replaced at once, even if it takes its process with it. Real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from homespun.clock import ManualClock
+from homespun.device import models as module
+from homespun.device.models import CRASHED, Models
+from homespun.device.serving import PROBATION, Record, Usage
+from homespun.errors import NotFound, StorageFailure
+from homespun.plan.suggest import Suggester
+from tests.unit.device_server import POPULATION, FakeServer
+from tests.unit.test_device_models import FIRST, KEYBOARD, SECOND, folder, install, reasons
+from tests.unit.test_device_stages import KEY
+
+APP = """
+import os, sys
+from pathlib import Path
+from homespun.device.models import Models
+from homespun.plan.suggest import Suggester
+
+models = Models(Path(sys.argv[1]), "tests", (), "salt")
+"""
+DIES = "Suggester.suggest = lambda *arguments: os._exit(9)\n"
+HANGS = """
+def hang(*arguments):
+    print("begun", flush=True)
+    sys.stdin.read()
+Suggester.suggest = hang
+"""
+PREDICT = "print(models.predict('thank you'))\n"
+
+
+def app(models: Models, *program: str) -> subprocess.CompletedProcess[str]:
+    """Another process that predicts."""
+    command = [sys.executable, "-c", "".join((APP, *program)), str(models._root)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def in_the_middle(models: Models) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of a prediction."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "".join((APP, HANGS, PREDICT)), str(models._root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def server() -> FakeServer:
+    return FakeServer(ManualClock())
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Models:
+    return Models(tmp_path / "models", POPULATION, (KEY,), "salt")
+
+
+@pytest.fixture
+def updated(models: Models, server: FakeServer) -> Models:
+    """Two releases, the second one on probation."""
+    install(models, server, server.release(KEYBOARD, FIRST, 1, release_id="a"))
+    install(models, server, server.release(KEYBOARD, SECOND, 2, release_id="b"))
+    return models
+
+
+def served(models: Models) -> str | None:
+    active = models.slots("default").active
+    return active.release_id if active else None
+
+
+def usage(models: Models) -> Usage:
+    active = models.slots("default").active
+    assert active is not None
+    return models.usage("default", active)
+
+
+def test_a_model_that_ends_the_process_is_replaced(updated: Models):
+    done = app(updated, DIES, PREDICT)
+    assert (done.returncode, done.stdout) == (9, "")
+    assert app(updated, PREDICT).stdout.startswith("[Suggestion(")
+    assert served(updated) == "a"
+    assert reasons(updated) == [CRASHED]
+
+
+def test_the_device_notices_the_crash_though_the_app_never_comes_back(updated: Models):
+    app(updated, DIES, PREDICT)
+    updated.settle()
+    assert served(updated) == "a"
+    assert updated.unserved() == []
+
+
+def test_without_another_model_it_is_withdrawn(models: Models, server: FakeServer):
+    install(models, server, server.release(KEYBOARD, FIRST, 1, release_id="a"))
+    app(models, DIES, PREDICT)
+    with pytest.raises(NotFound):
+        models.predict("thank you")
+    assert not install(models, server, server.release(KEYBOARD, FIRST, 2, release_id="a"))
+    assert install(models, server, server.release(KEYBOARD, SECOND, 3, release_id="b"))
+    assert models.predict("thank you")
+
+
+def test_a_prediction_under_way_elsewhere_is_no_crash_until_its_process_dies(updated: Models):
+    with in_the_middle(updated) as process:
+        after = updated.predict("thank you")
+        assert served(updated) == "b"
+        process.kill()
+        process.wait()
+        before = updated.predict("thank you")
+    assert served(updated) == "a"
+    assert before != after
+
+
+def test_a_number_of_a_process_that_is_used_again_hides_no_crash(
+    updated: Models, monkeypatch: pytest.MonkeyPatch
+):
+    with in_the_middle(updated):
+        monkeypatch.setattr("homespun.device.serving._began_at", lambda pid: 1e12 * bool(pid))
+        updated.settle()  # the number is that of another process now
+    assert reasons(updated) == [CRASHED]
+
+
+def test_off_probation_there_are_no_notes(updated: Models):
+    for _ in range(PROBATION):
+        updated.predict("thank you")
+    app(updated, DIES, PREDICT)
+    updated.settle()
+    assert (served(updated), reasons(updated)) == ("b", [])
+
+
+def test_what_the_app_breaks_off_is_not_the_models_failure(
+    updated: Models, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Suggester, "suggest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            updated.predict("thank you")
+    assert not Record(updated._root / module.RECORD_FILE).crashed("default", "b")
+    assert updated.predict("thank you")
+    assert (served(updated), reasons(updated)) == ("b", [])
+
+
+def test_any_exception_of_the_runtime_is_a_failure(
+    updated: Models, monkeypatch: pytest.MonkeyPatch
+):
+    right = Suggester.suggest
+
+    def broken(self: Suggester, *arguments: object) -> object:
+        if served(updated) == "b":
+            raise MemoryError
+        return right(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Suggester, "suggest", broken)
+    assert updated.predict("thank you")
+    assert (served(updated), reasons(updated)) == ("a", ["MemoryError"])
+
+
+def test_several_processes_predict_at_once(updated: Models):
+    program = APP + "for _ in range(60): models.predict('thank you')\n"
+    command = [sys.executable, "-c", program, str(updated._root)]
+    others = [subprocess.Popen(command) for _ in range(2)]
+    for _ in range(30):
+        updated.predict("thank you")
+    assert [process.wait() for process in others] == [0, 0]
+    updated.close()
+    assert (served(updated), reasons(updated)) == ("b", [])
+    assert (
+        usage(updated).num_predictions == 150
+    )  # through the probation, and what is batched after it
+
+
+def test_several_processes_find_the_failure_at_once(updated: Models):
+    (folder(updated) / module.CHECKPOINT_FILE).write_bytes(b"damaged by the disk")
+    command = [sys.executable, "-c", APP + PREDICT, str(updated._root)]
+    apps = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = {process.communicate()[0] for process in apps}
+    assert answers == {f"{updated.predict('thank you')}\n"}  # all get that of the model before
+    assert served(updated) == "a"
+    assert len(reasons(updated)) == 1
+
+
+def test_statistics_survive_the_end_of_the_process(updated: Models):
+    app(updated, f"for _ in range({PROBATION} + 7): models.predict('thank you')\n")
+    found = usage(updated)
+    assert (found.num_predictions, found.num_failures) == (PROBATION + 7, 0)
+    assert found.mean_s is not None
+    assert 0 < found.mean_s < 1
+
+
+def test_a_fork_has_a_connection_of_its_own(updated: Models):
+    updated.predict("thank you")
+    child = os.fork()
+    if child == 0:
+        try:
+            updated.predict("thank you")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert usage(updated).num_predictions == 2
+
+
+def test_a_damaged_record_is_told(updated: Models):
+    updated.close()
+    (updated._root / module.RECORD_FILE).write_bytes(b"damaged by the disk" * 100)
+    with pytest.raises(StorageFailure, match="serving"):
+        updated.predict("thank you")
