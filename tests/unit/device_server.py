@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -28,7 +29,7 @@ from homespun.device.runtime import Runtime
 from homespun.device.stopping import Stop
 from homespun.errors import HomespunError, NotAuthentic, NotFound, ReportConflict
 from homespun.learning.contribution import ContributionCodec
-from homespun.learning.metrics import paired_names
+from homespun.learning.metrics import paired_names, watched_names
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.protocol import messages
@@ -58,6 +59,7 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
     Waiting,
+    Watch,
     checkpoints_hash,
 )
 from homespun.protocol.problem import encode_problem
@@ -315,15 +317,17 @@ class FakeServer(httpx.BaseTransport):
         num_played: int = 3,
         min_group: int = 3,
         deadline_s: float = 600.0,
+        watch: Watch | None = None,
     ) -> Terms:
         """Offer a round whose devices form one group: so many real ones, the others are played."""
         train, manifest = kind is TaskKind.TRAIN, DIGITS.manifest
         metrics = ("loss", *manifest.metrics)
+        evaluated = watched_names() if watch else paired_names(metrics, 2)
         codec = ContributionCodec(
             dimension=manifest.num_parameters if train else 0,
             clip_norm=manifest.clip_norm if train else 1.0,
             max_weight=manifest.max_weight if train else 0,
-            metrics=metrics if train else paired_names(metrics, 2),
+            metrics=metrics if train else evaluated,
             max_group=12,
             bits=14,
             rotation_seed=5 if train else None,
@@ -344,6 +348,7 @@ class FakeServer(httpx.BaseTransport):
             aggregation=Aggregation.SECURE,
             min_group=min_group,
         )
+        self.offers = [msgspec.structs.replace(offer, watch=watch)]
         terms = Terms(
             task=offer.task_name,
             round_number=number,

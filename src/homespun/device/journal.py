@@ -42,6 +42,10 @@ CREATE TABLE IF NOT EXISTS participation (     -- one row per session that got a
     reason TEXT NOT NULL,
     assignment_id TEXT                         -- only until the receipt is final
 );
+CREATE TABLE IF NOT EXISTS watched (           -- of which release a session reports
+    session_id TEXT PRIMARY KEY,
+    release_id TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refused_plan (
     plan_hash TEXT PRIMARY KEY,
     reason TEXT NOT NULL,
@@ -138,6 +142,11 @@ class Journal:
                         session.assigned.assignment_id,
                     ),
                 )
+                if session.offer.watch is not None:
+                    self._db.execute(
+                        "INSERT OR IGNORE INTO watched VALUES (?, ?)",
+                        (session.session_id, session.offer.watch.release_id),
+                    )
 
     def finish(self, session: Session) -> None:
         """The session is over and clean: forget all but its line among the participations."""
@@ -205,6 +214,16 @@ class Journal:
                 "SELECT 1 FROM participation WHERE task_name = ? AND round_number = ? AND attempt = ?"
                 " AND plan_hash = ?",
                 (offer.task_name, offer.round_number, offer.attempt, offer.plan_hash),
+            ).fetchone()
+        return row is not None
+
+    def has_watched(self, release_id: str) -> bool:
+        """Whether the device has reported on this release."""
+        with storage(self._path):
+            row = self._db.execute(
+                "SELECT 1 FROM watched JOIN participation USING (session_id)"
+                f" WHERE release_id = ? AND {_COUNTED}",
+                (release_id,),
             ).fetchone()
         return row is not None
 

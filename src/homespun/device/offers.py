@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from homespun.device.examples import ExampleStore
 from homespun.device.home import Settings
 from homespun.device.journal import DAY_S, Journal
+from homespun.device.models import Models
 from homespun.device.status import Reason
+from homespun.device.watching import Watcher
 from homespun.protocol.eligibility import Conditions, Facts, judge
 from homespun.protocol.messages import Offer, TaskKind
 
@@ -15,8 +17,11 @@ from homespun.protocol.messages import Offer, TaskKind
 class Judge:
     """Chooses among offers by what the device holds, has done, and may do."""
 
-    def __init__(self, settings: Settings, journal: Journal, examples: ExampleStore) -> None:
+    def __init__(
+        self, settings: Settings, journal: Journal, examples: ExampleStore, models: Models
+    ) -> None:
         self._settings, self._journal, self._examples = settings, journal, examples
+        self._models = models
 
     def choose(
         self, offers: Iterable[Offer], conditions: Conditions, now: float
@@ -44,6 +49,11 @@ class Judge:
             found.append(reason("already_tried", "this round was tried and did not end well"))
         if (refused := self._journal.plan_refusal(offer.plan_hash, now)) is not None:
             found.append(reason("refused_plan", refused))
+        if offer.watch is not None:
+            if (refusal := Watcher(self._models, offer.watch).refusal()) is not None:
+                found.append(reason(refusal.code, refusal.text))
+            if self._journal.has_watched(offer.watch.release_id):
+                found.append(reason("has_watched", "the device has reported on this release"))
         return found
 
     def _facts(self, offer: Offer, now: float) -> Facts:

@@ -32,6 +32,7 @@ from homespun.device.sealing import Seal
 from homespun.device.secure import MASK_INPUT, Member, Request
 from homespun.device.status import Board, Reason
 from homespun.device.stopping import Stop, Stopped
+from homespun.device.watching import Watcher
 from homespun.device.work import Work, check_assignment
 from homespun.errors import (
     Conflict,
@@ -109,7 +110,7 @@ class Runtime:
         self._seal = Seal(home.store_key_file)
         self._asked: Request | None = None  # by the group, in its last reply
         self._models = open_models(home, self._settings)
-        self._judge = Judge(self._settings, self._journal, self._examples)
+        self._judge = Judge(self._settings, self._journal, self._examples, self._models)
         self._board = Board(home, self._settings, self._journal, self._examples, self._models)
         self._clean_at = 0.0
         self._session = self._journal.session() or self._new_session()
@@ -526,8 +527,9 @@ class Runtime:
 
     @property
     def _work(self) -> Work:
-        directory = self._home.work / self._session.session_id
-        return Work(directory, self._assigned, self._trusted)
+        directory, watch = self._home.work / self._session.session_id, self._offer.watch
+        watcher = Watcher(self._models, watch) if watch else None
+        return Work(directory, self._assigned, self._trusted, watcher)
 
     @property
     def _member(self) -> Member:

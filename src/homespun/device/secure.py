@@ -80,8 +80,7 @@ class Member:
             # The server can open that group, whatever it says. The same vectors in a second one would give it
             # the difference of two sums: of those whose members are all the same but one, what that one sent.
             raise WrongStep("another group after this device helped to open its first")
-        codec = self.work.codec(self.work.verified().manifest)
-        work = group_work(self.task, self.work.assigned, codec)
+        work = group_work(self.task, self.work.assigned, self.work.codec())
         demands = secagg.Demands(smallest_group=self.min_group)
         identity = self.identity
         state, keys = secagg.advertise_keys(

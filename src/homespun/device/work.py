@@ -13,9 +13,10 @@ from typing import Any
 
 from homespun.device.home import storage, write_atomically
 from homespun.device.models import HEADER_BYTES, Fetch
+from homespun.device.watching import Watcher
 from homespun.errors import Conflict, NotAllowed, ProtocolError
 from homespun.learning.contribution import Contribution, ContributionCodec
-from homespun.learning.metrics import paired, paired_names
+from homespun.learning.metrics import paired, paired_names, watched_names
 from homespun.plan import features
 from homespun.plan.manifest import Manifest
 from homespun.plan.package import MAX_PLAN_BYTES, Plan
@@ -32,11 +33,14 @@ Examples = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Work:
-    """One session's files and what they are for. `trusted`: raw keys of publishers whose plans may run."""
+    """One session's files and what they are for. `trusted`: raw keys of publishers whose plans may run; `watcher`: of
+    an evaluation of what the device serves, for which there is nothing to download.
+    """
 
     directory: Path
     assigned: Assigned
     trusted: tuple[bytes, ...]
+    watcher: Watcher | None = None
 
     @property
     def plan_file(self) -> Path:
@@ -55,6 +59,8 @@ class Work:
 
     def download(self, fetch: Fetch) -> bool:
         """Fetch plan and checkpoints; False if `fetch` was stopped. Raises as `verified` does."""
+        if self.watcher is not None:
+            return True
         if not self._have(fetch, self.assigned.plan_hash, self.plan_file, MAX_PLAN_BYTES):
             return False
         manifest = self.verified().manifest
@@ -96,15 +102,22 @@ class Work:
         manifest.check_checkpoint(checkpoint)
         return checkpoint
 
-    def codec(self, manifest: Manifest) -> ContributionCodec:
-        """How the contribution of this assignment becomes integers. Raises `InvalidConfig`."""
-        encoding, metrics = self.assigned.encoding, ("loss", *manifest.metrics)
-        train = self.assigned.kind is TaskKind.TRAIN
+    def codec(self, manifest: Manifest | None = None) -> ContributionCodec:
+        """How the contribution of this assignment becomes integers. Raises `InvalidConfig`, and without `manifest` what
+        `verified` raises."""
+        encoding, dimension, metrics = self.assigned.encoding, 0, watched_names()
+        if self.watcher is None:
+            manifest = manifest or self.verified().manifest
+            metrics = ("loss", *manifest.metrics)
+            if self.assigned.kind is TaskKind.TRAIN:
+                dimension = trees.dimension(manifest.shapes)
+            else:
+                metrics = paired_names(metrics, len(self.assigned.checkpoints))
         return ContributionCodec(
-            dimension=trees.dimension(manifest.shapes) if train else 0,
+            dimension=dimension,
             clip_norm=encoding.clip_norm,
             max_weight=encoding.max_weight,
-            metrics=metrics if train else paired_names(metrics, len(self.assigned.checkpoints)),
+            metrics=metrics,
             max_group=encoding.max_group,
             bits=encoding.bits,
             rotation_seed=encoding.rotation_seed,
@@ -115,11 +128,15 @@ class Work:
 
         Raises `InvalidExample`, `InvalidInput`, `NumericFailure` and what `verified` raises.
         """
-        plan = self.verified()
         seed = derive_seed(self.assigned.seed, str(device_seed))
-        rows = features.encode(plan.manifest, plan.assets, examples)
-        run = _train if self.assigned.kind is TaskKind.TRAIN else _evaluate
-        contribution = run(self, plan, rows, seed, should_stop)
+        contribution: Contribution | None
+        if self.watcher is not None:
+            contribution = _watch(self, self.watcher, examples, seed, should_stop)
+        else:
+            plan = self.verified()
+            rows = features.encode(plan.manifest, plan.assets, examples)
+            run = _train if self.assigned.kind is TaskKind.TRAIN else _evaluate
+            contribution = run(self, plan, rows, seed, should_stop)
         if contribution is None:
             return None
         body = encode_contribution(contribution)
@@ -180,3 +197,13 @@ def _evaluate(
     update = trees.flatten({}, ())
     metrics = paired(results, manifest.metrics[0])
     return codec.encode(update, features.num_rows(rows), metrics, stream(seed, "rounding"))
+
+
+def _watch(
+    work: Work, watcher: Watcher, examples: Examples, seed: int, should_stop: ShouldStop
+) -> Contribution | None:
+    metrics = watcher.metrics(examples, should_stop)
+    if metrics is None:
+        return None
+    update = trees.flatten({}, ())
+    return work.codec().encode(update, len(examples), metrics, stream(seed, "rounding"))

@@ -1,0 +1,109 @@
+"""Watching a release while it is on its way: what its stage and its control band say of the model that they serve.
+
+A device says how its model does on its held-out examples, how long a prediction takes, and whether the release failed
+here; through secure aggregation, so only sums over many devices are ever known. It downloads nothing for that, and says
+it once for each release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from homespun.device.models import Models
+from homespun.device.serving import Slots, name_of
+from homespun.errors import Conflict, NumericFailure
+from homespun.learning.metrics import MetricSum, watched_names
+from homespun.plan import features
+from homespun.plan.package import Plan
+from homespun.protocol.eligibility import Refusal
+from homespun.protocol.messages import Watch
+from homespun.protocol.selection import CONTROL, STAGE, arm
+from homespun.types import Tree
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """One device, asked about one release."""
+
+    models: Models
+    watch: Watch
+
+    def refusal(self) -> Refusal | None:
+        """Why this device has nothing to say of the release; None: it has."""
+        _, text = self._place(self.models.slots(self.watch.slot))
+        return Refusal(code="not_watched", text=text) if text else None
+
+    def _place(self, slots: Slots) -> tuple[str | None, str]:
+        """The arm that the device is in, and why it has nothing to say (empty: it has)."""
+        newest, active, release = slots.newest, slots.active, self.watch.release_id
+        not_here = "the release that is watched is not here yet"
+        if newest is None or newest.release_id != release:
+            return None, not_here
+        place = arm(newest, self.models.salt)
+        if place is None:
+            return (
+                None,
+                "the release is neither for this device yet nor compared with what it serves",
+            )
+        is_served = active is not None and name_of(active) == release
+        if place == STAGE and not is_served and not _failed(slots, release):
+            return place, not_here
+        if place == CONTROL and active is None:
+            return place, "the device serves nothing that the release could be compared with"
+        return place, ""
+
+    def metrics(
+        self, examples: Sequence[dict[str, Any]], should_stop: Callable[[], bool]
+    ) -> dict[str, MetricSum] | None:
+        """The device's values under `watched_names()`, from its held-out examples; None if `should_stop` ended it.
+
+        Raises `Conflict` if the device has nothing to say any more, `InvalidInput` and `InvalidExample` for its
+        examples, `StorageFailure`.
+        """
+        watch, models = self.watch, self.models
+        slots = models.slots(watch.slot)
+        place, silent_because = self._place(slots)
+        if silent_because:
+            raise Conflict(silent_because)
+        values: dict[str, float | None] = {}
+        if (active := slots.active) is not None:
+            try:
+                plan, checkpoint = models.load(watch.slot, active)
+                values["primary"] = primary(plan, checkpoint, examples, should_stop)
+            except NumericFailure as error:  # as bad as in a prediction
+                slots = models.withdraw(watch.slot, active, error)
+            if should_stop():
+                return None
+            mean_s = models.usage(watch.slot, active).mean_s
+            values["latency"] = None if mean_s is None else min(mean_s, watch.max_latency_s)
+        values["failed"] = float(
+            _failed(slots, watch.release_id)
+            if place == STAGE
+            else any(failure.during == watch.release_id for failure in slots.failed)
+        )
+        sums = dict.fromkeys(watched_names(), MetricSum(0.0, 0.0))
+        for name, value in values.items():
+            if value is not None:
+                sums[f"{place}.{name}"] = MetricSum(value, 1.0)
+                sums[f"{place}.{name}_squared"] = MetricSum(value * value, 1.0)
+        return sums
+
+
+def primary(
+    plan: Plan,
+    checkpoint: Tree,
+    examples: Sequence[dict[str, Any]],
+    should_stop: Callable[[], bool],
+) -> float:
+    """Mean of the plan's primary metric; meaningless if `should_stop` ended it. Raises as `plan.run.evaluate` does."""
+    from homespun.plan import run  # loads ONNX Runtime
+
+    rows = features.encode(plan.manifest, plan.assets, examples)
+    sums = run.evaluate(plan, checkpoint, rows, should_stop)
+    return sums[plan.manifest.metrics[0]].mean if sums else 0.0
+
+
+def _failed(slots: Slots, release: str) -> bool:
+    return any(failure.release == release for failure in slots.failed)
