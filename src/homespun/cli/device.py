@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,16 @@ import typer
 
 from homespun.cli.lifeline import stop_with_stdin
 from homespun.cli.output import out, print_json, print_table, size
-from homespun.errors import InvalidConfig
+from homespun.errors import Conflict, InvalidConfig
 
 if TYPE_CHECKING:
     from homespun.device.conditions import Span
     from homespun.protocol.messages import RetryWindow
 
 app = typer.Typer(no_args_is_help=True)
+
+TURN_S = 2.0
+"""How often a device that waits for its turn looks whether it has come."""
 
 # What a command needs of homespun.device is imported inside it: `--help` should not load an HTTP client.
 
@@ -100,6 +103,9 @@ def run(
     directory: Path = DirOption,
     max_sessions: int | None = typer.Option(None, min=1, help="End after so many sessions."),
     until_eof: bool = typer.Option(False, help="Stop when standard input is closed."),
+    wait: bool = typer.Option(
+        False, "--wait", help="While another process runs this device, wait for its turn."
+    ),
     vanish_after: str = typer.Option(
         "", hidden=True, help="A drill: die after this step of secure aggregation."
     ),
@@ -115,7 +121,7 @@ def run(
     from homespun.device.measured import measured
     from homespun.device.memory import give_back_large_blocks
     from homespun.device.runtime import Runtime
-    from homespun.device.stopping import Stop
+    from homespun.device.stopping import Stop, Stopped
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     give_back_large_blocks()
@@ -137,7 +143,17 @@ def run(
 
             connection = VanishingConnection(client, identity, clock, stop)
             connection.vanish_after = vanish_after
-        Runtime(home, connection, source, clock, stop).run(max_sessions)
+        while not stop.requested:
+            try:
+                runtime = Runtime(home, connection, source, clock, stop)
+            except Conflict:
+                if not wait:
+                    raise
+                with suppress(Stopped), stop.interruptible():
+                    clock.sleep(TURN_S)
+            else:
+                runtime.run(max_sessions)
+                break
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""One device: one process, one directory.
+"""One device: one process, one directory. `Device` is the one inside your application, see `embedding`.
 
 `runtime` walks the session machine of `protocol.session`; everything it needs has a file of its own:
 `home` (the directory and its settings), `identity`, `examples` (the private store), `journal` (what must
@@ -6,3 +6,7 @@ survive a crash), `conditions`, `connection`, `work` (what is done with a plan),
 `models` (what is served), `serving` (its record), `cleaning` (and its proof), `status` (why, for the person),
 `enrolment`, `sealing`.
 """
+
+from homespun.device.embedding import Device
+
+__all__ = ["Device"]

@@ -3,7 +3,8 @@
     device.json     settings, written once by enrolling        identity.key    Ed25519, 0600
     examples.db     the private store, encrypted               store.key       its key, 0600
     journal.db      what must survive a crash                  status.json     what a person may read
-    models/<slot>/  what is served                             work/<session>/ training files
+    models/         what is served                             work/<session>/ training files
+    run.log         of the device inside an application
 
 Files of value are written beside their place, synced, and renamed: a crash leaves the old one or the new
 one. Disk and database failures become `StorageFailure` at this seam.
@@ -78,6 +79,10 @@ class Home:
     @property
     def status_file(self) -> Path:
         return self.root / "status.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.root / "run.log"
 
     @property
     def models(self) -> Path:
