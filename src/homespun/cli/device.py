@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from homespun.cli import service
 from homespun.cli.lifeline import stop_with_stdin
 from homespun.cli.output import out, print_json, print_table, size
 from homespun.errors import Conflict, InvalidConfig
@@ -244,6 +245,9 @@ def predict(
         return print_json([{"word": s.word, "probability": s.probability} for s in found])
     rows = [(s.word, f"{100 * s.probability:.1f} %") for s in found]
     return print_table(("word", "probability"), rows, "no suggestion")
+
+
+service.register(app)
 
 
 def _script(path: Path) -> tuple[Span, ...]:
