@@ -70,6 +70,10 @@ def state(device: Device) -> str | None:
     return status.state if status else None
 
 
+def is_running(device: Device) -> bool:
+    return device.is_running
+
+
 def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -98,14 +102,14 @@ def test_a_device_in_ten_lines(device: Device):
     device.start()  # it runs already
     device.store.add({"text": "thank you for the flowers"})
     eventually(lambda: (status := device.status()) and status.served, "the release is served")
-    assert device.is_running
+    assert is_running(device)
     assert len(device.predict("thank you for the")) == 3
     assert device.predict("", 1, prefix="fi")[0].word == "fish"
     eventually(lambda: not device.why(), "nothing speaks against it")
     assert device.store.add_many([{"text": "one"}, {"text": "two"}]) == 2
     assert device.store.count() == 3
     device.stop()
-    assert not device.is_running
+    assert not is_running(device)
     assert [reason.code for reason in device.why()] == ["stopped"]
     assert len(device.predict("thank you for the")) == 3
     device.start()  # and again

@@ -50,6 +50,10 @@ class Phone:
     def slots(self) -> Slots:
         return self.models.slots("default")
 
+    def can_go_back(self) -> bool:
+        self.models.settle()
+        return self.slots.previous is not None
+
     def serves(self, checkpoint: bytes) -> bool:
         active = self.slots.active
         return active is not None and active.checkpoint == self.server.put(checkpoint)
@@ -163,14 +167,11 @@ def test_the_one_before_goes_once_its_successor_is_deployed_and_trusted(early: P
     release = early.server.release
     early.install(release(KEYBOARD, SECOND, 2, release_id="b", fraction=0.1))
     for _ in range(PROBATION):
-        early.models.settle()
-        assert early.slots.previous is not None
+        assert early.can_go_back()
         early.models.predict("thank you")
-    early.models.settle()
-    assert early.slots.previous is not None  # it may still be rolled back everywhere
+    assert early.can_go_back()  # it may still be rolled back everywhere
     early.install(release(KEYBOARD, SECOND, 3, release_id="b"))
-    early.models.settle()
-    assert early.slots.previous is None
+    assert not early.can_go_back()
     assert len(list((early.models._root / "default").iterdir())) == 1
 
 

@@ -256,11 +256,11 @@ class Record:
         count[0] += 1
         count[1] += seconds
         pending.num_predictions += 1
-        if (
-            pending.num_predictions >= FLUSH_AFTER_PREDICTIONS
-            or monotonic() - pending.flushed_at > FLUSH_AFTER_S
-        ) and (db := self._db()):
-            _flush(db, pending)
+        age_s = monotonic() - pending.flushed_at
+        if pending.num_predictions >= FLUSH_AFTER_PREDICTIONS or age_s > FLUSH_AFTER_S:
+            with storage(self._path):
+                if (connection := self._db()) is not None:
+                    _flush(connection, pending)
 
     def crashed(self, slot: str, release: str) -> bool:
         """Whether a prediction on probation of this release ended its process."""
