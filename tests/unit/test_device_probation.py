@@ -16,9 +16,11 @@ from homespun.device import models as module
 from homespun.device.models import CRASHED, Models
 from homespun.device.serving import PROBATION, Record, Usage
 from homespun.errors import NotFound, StorageFailure
+from homespun.plan import features, run
 from homespun.plan.suggest import Suggester
+from homespun.tensors.codec import decode_tree, encode_tree
 from tests.unit.device_server import POPULATION, FakeServer
-from tests.unit.test_device_models import FIRST, KEYBOARD, SECOND, folder, install, reasons
+from tests.unit.test_device_models import FIRST, KEYBOARD, SECOND, WORDS, folder, install, reasons
 from tests.unit.test_device_stages import KEY
 
 APP = """
@@ -173,6 +175,53 @@ def test_any_exception_of_the_runtime_is_a_failure(
     monkeypatch.setattr(Suggester, "suggest", broken)
     assert updated.predict("thank you")
     assert (served(updated), reasons(updated)) == ("a", ["MemoryError"])
+
+
+def failing_after(word: str) -> bytes:
+    """A checkpoint like FIRST that evaluates and starts well, and overflows when `word` is the last one.
+
+    One dimension of the embedding is taken out of the model; then the word alone has a place in it, which the linear
+    path to the output multiplies.
+    """
+    tree = {name: array.copy() for name, array in decode_tree(FIRST).items()}
+    embedding, direct = tree["embedding.weight"], tree["direct"]
+    width = embedding.shape[1]
+    embedding[:, 0] = 0
+    direct[:, 0] = 0
+    tree["projection"][:, 0] = 0
+    for name in ("input", "direct"):
+        tree[name][[0, width]] = 0
+    direct[0, 1:] = 1e30
+    embedding[WORDS.encode(word)[-1], 0] = 1e30
+    return encode_tree(tree)
+
+
+def test_what_passes_evaluation_and_its_trial_may_still_fail_in_use(
+    models: Models, server: FakeServer
+):
+    install(models, server, server.release(KEYBOARD, SECOND, 1, release_id="a"))
+    before = models.predict("the hat")
+    bad = failing_after("hat")
+    rows = features.encode(KEYBOARD.manifest, KEYBOARD.assets, [{"text": "thank you for the cat"}])
+    good, found = (run.evaluate(KEYBOARD, decode_tree(data), rows) for data in (FIRST, bad))
+    assert found["loss"].mean == pytest.approx(good["loss"].mean, rel=0.01)
+    assert install(models, server, server.release(KEYBOARD, bad, 2, release_id="b"))
+    assert models.predict("the cat")
+    assert models.predict("the hat and")
+    assert served(models) == "b"
+    assert models.predict("the hat") == before  # the answer of the model before, in the same call
+    assert (served(models), reasons(models)) == ("a", ["the model's scores are not finite"])
+
+
+def test_a_disk_that_cannot_be_written_keeps_nobody_from_predicting(updated: Models):
+    connection = updated._record._db()
+    assert connection is not None
+    connection.execute("PRAGMA query_only = ON")
+    assert updated.predict("thank you")
+    connection.execute("PRAGMA query_only = OFF")
+    assert usage(updated).num_predictions == 0
+    assert updated.predict("thank you")
+    assert usage(updated).num_predictions == 1
 
 
 def test_several_processes_predict_at_once(updated: Models):

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -29,6 +29,8 @@ PROBATION = 100
 FLUSH_AFTER_S = 5.0
 FLUSH_AFTER_PREDICTIONS = 50
 """What is counted in memory is written down at the first prediction after either, and when the process ends."""
+LOCK_S = 2.0
+"""Longest wait for another process that is writing, which takes milliseconds."""
 SAME_PROCESS_S = 60.0
 """Two measurements of when a process began differ by less, even if the clock was set meanwhile."""
 MAX_FAILURES = 32
@@ -227,27 +229,32 @@ class Record:
     # --- predictions --------------------------------------------------------------------------------------
 
     def begin(self, slot: str, release: str) -> int | None:
-        """Note a prediction on probation; its number, or None: the release is not on probation any more."""
+        """Note a prediction on probation; its number, or None: the release is not on probation any more, or the note
+        cannot be written, which keeps nobody from predicting.
+        """
         if (slot, release) in self._trusted:
             return None
         if self.usage(slot, release).num_predictions >= PROBATION:
             self._trusted.add((slot, release))
             return None
-        with self._transaction() as db:
-            mine = (slot, release, os.getpid(), _began_at(os.getpid()))
-            query = "INSERT INTO note (slot, release, pid, began_at) VALUES (?, ?, ?, ?)"
-            return db.execute(query, mine).lastrowid
+        mine = (slot, release, os.getpid(), _began_at(os.getpid()))
+        query = "INSERT INTO note (slot, release, pid, began_at) VALUES (?, ?, ?, ?)"
+        try:
+            with self._transaction() as db:
+                return db.execute(query, mine).lastrowid
+        except StorageFailure:
+            return None
 
     def strike(self, note: int | None) -> None:
         """The prediction has ended, with an exception."""
         if note is not None:
-            with self._transaction() as db:
+            with suppress(StorageFailure), self._transaction() as db:
                 db.execute("DELETE FROM note WHERE id = ?", (note,))
 
     def finish(self, note: int | None, slot: str, release: str, seconds: float) -> None:
         """The prediction has ended well, after so long."""
         if note is not None:
-            with self._transaction() as db:
+            with suppress(StorageFailure), self._transaction() as db:
                 db.execute("DELETE FROM note WHERE id = ?", (note,))
                 db.execute(_COUNT, (slot, release, 1, seconds, 0))
             return
@@ -258,7 +265,7 @@ class Record:
         pending.num_predictions += 1
         age_s = monotonic() - pending.flushed_at
         if pending.num_predictions >= FLUSH_AFTER_PREDICTIONS or age_s > FLUSH_AFTER_S:
-            with storage(self._path):
+            with suppress(StorageFailure), storage(self._path):
                 if (connection := self._db()) is not None:
                     _flush(connection, pending)
 
@@ -295,7 +302,7 @@ class Record:
             self._create()
         # A connection must not be used on the other side of a fork, nor closed there: the old one is left alone.
         db = sqlite3.connect(
-            self._path, timeout=10.0, isolation_level=None, check_same_thread=False
+            self._path, timeout=LOCK_S, isolation_level=None, check_same_thread=False
         )
         self._database, self._pid, self._pending = db, os.getpid(), _Pending({})
         self._finalizer = weakref.finalize(self, _close, db, self._pending, self._pid)
