@@ -13,7 +13,7 @@ from homespun import zoo
 from homespun.clock import ManualClock
 from homespun.corpora.vocabulary import Vocabulary
 from homespun.device.models import CHECKPOINT_FILE, Models
-from homespun.device.serving import content_of
+from homespun.device.slots import content_of
 from homespun.device.status import read_status
 from homespun.errors import (
     HomespunError,

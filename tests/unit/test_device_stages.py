@@ -10,7 +10,8 @@ import pytest
 from homespun.clock import ManualClock
 from homespun.device.errands import fetch_releases
 from homespun.device.models import Models
-from homespun.device.serving import PROBATION, Slots, content_of
+from homespun.device.serving import PROBATION
+from homespun.device.slots import Slots, content_of
 from homespun.errors import NotAuthentic, NotFound, NumericFailure
 from homespun.protocol.messages import ReleaseManifest, ReleaseNotice, SignedRelease
 from homespun.protocol.selection import arm

@@ -11,7 +11,8 @@ import pytest
 
 from homespun.clock import ManualClock
 from homespun.device.models import RECORD_FILE, open_models
-from homespun.device.serving import Failure, Record
+from homespun.device.serving import Record
+from homespun.device.slots import Failure
 from homespun.device.status import read_status
 from homespun.learning.contribution import ContributionCodec
 from homespun.learning.metrics import MetricSum, watched_names

@@ -17,16 +17,17 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from homespun.device.home import TEMPORARY, Home, Settings, remove, storage, sync_directory
-from homespun.device.serving import PROBATION, Record, Slots, Usage, content_of, name_of
+from homespun.device.serving import PROBATION, Record, Usage
+from homespun.device.slots import Slots, content_of, name_of
 from homespun.errors import (
     BadFrame,
     InvalidInput,
@@ -120,7 +121,7 @@ class Models:
         try:
             if wanted is not None and not self._bring(slot, wanted, fetch):
                 return False  # as if nothing had happened: the same release may come again
-            self._record.change(slot, lambda s: _arrived(s, newest, wanted))
+            self._record.change(slot, lambda s: s.arrived(newest, wanted))
         except _UNFIT as error:
             if wanted is not None:
                 reason, unfit = error.message, wanted
@@ -128,7 +129,7 @@ class Models:
             raise
         finally:
             if self._record.slots(slot).candidate is not None:
-                self._record.change(slot, _without_candidate)
+                self._record.change(slot, lambda s: s.trying(None))
             self.remove_unserved()
         return wanted is newest
 
@@ -172,7 +173,7 @@ class Models:
         """Have the release's files here, loaded once and tried; False if `fetch` was stopped."""
         if content_of(manifest) in self._record.slots(slot).kept:
             return True
-        self._record.change(slot, lambda s: _with_candidate(s, manifest))
+        self._record.change(slot, lambda s: s.trying(manifest))
         directory = self._directory(slot, manifest)
         if not fetch(manifest.plan_hash, directory / PLAN_FILE, MAX_PLAN_BYTES):
             return False
@@ -257,7 +258,7 @@ class Models:
                 and active.fraction >= 1
                 and self.usage(slot, active).num_predictions >= PROBATION
             ):
-                self._record.change(slot, _without_previous(active))
+                self._record.change(slot, methodcaller("settled", active))
         self.remove_unserved()
 
     def unserved(self) -> list[Path]:
@@ -298,29 +299,6 @@ def open_models(home: Home, settings: Settings) -> Models:
     """What an enrolled device serves."""
     salt = str(derive_seed(settings.seed, "stage"))
     return Models(home.models, settings.population, settings.publisher_keys, salt)
-
-
-def _arrived(slots: Slots, newest: ReleaseManifest, wanted: ReleaseManifest | None) -> Slots:
-    """`wanted` may have failed just now, where somebody predicts."""
-    after = slots.seen(newest)
-    if wanted is None or slots.has_failed(wanted):
-        return after
-    return after.seen(wanted).switched(wanted)
-
-
-def _with_candidate(slots: Slots, manifest: ReleaseManifest) -> Slots:
-    return msgspec.structs.replace(slots, candidate=manifest)
-
-
-def _without_candidate(slots: Slots) -> Slots:
-    return msgspec.structs.replace(slots, candidate=None)
-
-
-def _without_previous(active: ReleaseManifest) -> Callable[[Slots], Slots]:
-    """Nothing is gone back to from `active` any more."""
-    return lambda slots: (
-        msgspec.structs.replace(slots, previous=None) if slots.active == active else slots
-    )
 
 
 def _try(plan: Plan, checkpoint: dict[str, FloatArray]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from homespun.device.models import Models
-from homespun.device.serving import Slots, name_of
+from homespun.device.slots import Slots, name_of
 from homespun.errors import Conflict, NumericFailure
 from homespun.learning.metrics import MetricSum, watched_names
 from homespun.plan import features
