@@ -115,11 +115,17 @@ def describe(view: ReleaseView) -> str:
 
 def describe_evidence(evidence: Evidence) -> str:
     """Evidence in one line."""
+    found = evidence.difference
     return (
         f"{evidence.metric} {percent(evidence.incumbent)} -> {percent(evidence.candidate)} on "
         f"{evidence.num_devices} other devices, better on {evidence.wins}, paired difference "
-        f"{100 * evidence.mean_difference:+.1f} ± {100 * evidence.standard_error:.1f} points"
+        f"{points(found.mean)} ({points(found.low)} to {points(found.high)})"
     )
+
+
+def points(value: float | None) -> str:
+    """A difference of shares for people: +2.1 points."""
+    return "-" if value is None else f"{100 * value:+.1f} points"
 
 
 @plan.command("push")
