@@ -13,6 +13,40 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
+    connection = op.get_bind()
+    query = sa.text("SELECT * FROM releases ORDER BY sequence")
+    old = [dict(row) for row in connection.execute(query).mappings()]
+    with op.batch_alter_table("releases") as releases:
+        releases.add_column(sa.Column("request", sa.Text(), nullable=False, server_default=""))
+        releases.add_column(sa.Column("held_from", sa.String(length=16), nullable=True))
+        releases.add_column(sa.Column("stage", sa.Integer(), nullable=False, server_default="0"))
+        releases.add_column(sa.Column("since", sa.Float(), nullable=False, server_default="0"))
+        releases.add_column(sa.Column("incumbent_id", sa.String(length=32), nullable=True))
+        releases.create_foreign_key(
+            op.f("fk_releases_incumbent_id"), "releases", ["incumbent_id"], ["release_id"]
+        )
+        releases.drop_constraint(op.f("uq_releases_population_slot_sequence"), type_="unique")
+        releases.drop_constraint(op.f("fk_releases_evaluation_task_id"), type_="foreignkey")
+        releases.drop_constraint(op.f("fk_releases_plan_hash"), type_="foreignkey")
+        for name in (
+            "sequence", "signed", "plan_hash", "checkpoint", "evaluation_task_id", "margin", "evidence",
+        ):  # fmt: skip
+            releases.drop_column(name)
+    with op.batch_alter_table("releases") as releases:
+        for name in ("request", "stage", "since"):
+            releases.alter_column(name, server_default=None)
+    for name, states in {
+        "moving": "state NOT IN ('rejected', 'deployed', 'superseded', 'rolled_back')",
+        "deployed": "state = 'deployed'",
+    }.items():
+        op.create_index(
+            f"uq_releases_{name}",
+            "releases",
+            ["population", "slot"],
+            unique=True,
+            sqlite_where=sa.text(states),
+            postgresql_where=sa.text(states),
+        )
     op.create_table(
         "release_steps",
         sa.Column("step_id", sa.Integer(), nullable=False),
@@ -40,44 +74,12 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("population", "slot", "sequence", name=op.f("pk_manifests")),
     )
-    with op.batch_alter_table("releases") as releases:
-        releases.add_column(sa.Column("request", sa.Text(), nullable=False, server_default=""))
-        releases.add_column(sa.Column("held_from", sa.String(length=16), nullable=True))
-        releases.add_column(sa.Column("stage", sa.Integer(), nullable=False, server_default="0"))
-        releases.add_column(sa.Column("since", sa.Float(), nullable=False, server_default="0"))
-        releases.add_column(sa.Column("incumbent_id", sa.String(length=32), nullable=True))
-    _carry_over(op.get_bind())
-    with op.batch_alter_table("releases") as releases:
-        for name in ("request", "stage", "since"):
-            releases.alter_column(name, server_default=None)
-        releases.create_foreign_key(
-            op.f("fk_releases_incumbent_id"), "releases", ["incumbent_id"], ["release_id"]
-        )
-        releases.drop_constraint(op.f("uq_releases_population_slot_sequence"), type_="unique")
-        releases.drop_constraint(op.f("fk_releases_evaluation_task_id"), type_="foreignkey")
-        releases.drop_constraint(op.f("fk_releases_plan_hash"), type_="foreignkey")
-        for name in (
-            "sequence", "signed", "plan_hash", "checkpoint", "evaluation_task_id", "margin", "evidence",
-        ):  # fmt: skip
-            releases.drop_column(name)
-    for name, states in {
-        "moving": "state NOT IN ('rejected', 'deployed', 'superseded', 'rolled_back')",
-        "deployed": "state = 'deployed'",
-    }.items():
-        op.create_index(
-            f"uq_releases_{name}",
-            "releases",
-            ["population", "slot"],
-            unique=True,
-            sqlite_where=sa.text(states),
-            postgresql_where=sa.text(states),
-        )
+    _carry_over(connection, old)
 
 
-def _carry_over(connection: Any) -> None:
+def _carry_over(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
     """What was published stays so; what was asked for, without stages, as the records of today say it."""
     served: dict[tuple[str, str], str] = {}
-    rows = connection.execute(sa.text("SELECT * FROM releases ORDER BY sequence")).mappings().all()
     for row in rows:
         request = {
             **{name: row[name] for name in ("population", "slot", "version", "plan_hash")},
