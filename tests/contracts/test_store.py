@@ -446,6 +446,7 @@ def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
     engine.dispose()
     store = Store(url)
     second = store.releases.deployed("phones", "a")
+    assert second is not None
     assert (second.release_id, second.sequence, second.incumbent_id) == ("r2", 2, "r1")
     assert (second.request.checkpoint, second.request.stages) == (FIRST, ())
     assert store.releases.signed("phones", "a", for_all=True) == b"{}"

@@ -175,9 +175,9 @@ def take_part(world: World, devices: list[Serving]) -> bool:
         for device in pool:
             device.watching = task.spec.watch
         cohort = world.gather(task, task.rounds_committed + 1, devices=pool)  # type: ignore[arg-type]
-        for device, _ in cohort:
-            assert isinstance(device, Serving)
-            device.took_part.add(task.spec.name)
+        for drawn, _ in cohort:
+            assert isinstance(drawn, Serving)
+            drawn.took_part.add(task.spec.name)
         world.report(task, cohort)
         return True
     return False

@@ -101,6 +101,7 @@ def test_a_good_candidate_reaches_every_device_by_stages(shipped, aggregation):
     release = world.release(plan, better, "2", **terms(aggregation))
     assert release.state == "evaluating"
     canary = follow(world, devices, release, {"canary"})
+    assert canary.evidence is not None
     assert canary.evidence.difference.verdict is Verdict.PASS
     assert canary.evidence.difference.low > 0
     assert canary.evidence.wins > canary.evidence.num_devices / 2
@@ -132,6 +133,7 @@ def test_a_worse_candidate_is_rejected_and_nothing_changes(shipped, aggregation)
         "worse than the incumbent",
         None,
     )
+    assert view.evidence is not None
     assert view.evidence.difference.high < 0
     assert serving(devices) == {"1"}
     assert active_tasks(world) == []
@@ -187,6 +189,8 @@ def test_a_device_that_joins_during_a_canary_serves_what_the_others_do(shipped):
         device.enroll(token)
         device.fetch()
     for device in late:
+        assert device.newest is not None
+        assert device.active is not None
         inside = device.place(device.newest) < 0.25
         assert device.active.version == ("2" if inside else "1")
     assert serving(late) == {"1", "2"}
@@ -196,7 +200,8 @@ def test_a_device_that_joins_during_a_canary_serves_what_the_others_do(shipped):
 
 
 def operate(world, release: ReleaseView, verb: str) -> ReleaseView:
-    return world.operate(ReleaseView, "POST", f"/releases/{release.release_id}/{verb}")
+    view: ReleaseView = world.operate(ReleaseView, "POST", f"/releases/{release.release_id}/{verb}")
+    return view
 
 
 def test_a_person_holds_and_resumes(shipped):
@@ -259,8 +264,9 @@ def test_the_first_release_has_nothing_to_go_back_to(shipped):
     assert devices[0].manifest(f"{PATH}/deployed").version == "1"
     assert operate(world, first, "resume").state == "deployed"
     release = world.release(plan, better, "2", **terms())
-    with pytest.raises(Conflict, match="on its way"):
-        operate(world, first, "hold") and operate(world, first, "roll-back")
+    for verb in ("hold", "roll-back"):
+        with pytest.raises(Conflict, match="on its way"):
+            operate(world, first, verb)
     assert release.state == "evaluating"
 
 

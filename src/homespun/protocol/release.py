@@ -184,13 +184,13 @@ class Limits(Message, frozen=True, kw_only=True):
 class Trial(Message, frozen=True, kw_only=True):
     """What a machine with a runtime saw of a model before its release was asked for: the golden predictions.
 
-    `runtime`: its name and version; `latency_s`: median of a prediction; `outputs`: SHA-256 of each output for the
-    golden inputs, rounded to three digits.
+    `runtime`: its name and version; `latency_s`: median of a prediction; `outputs`: by name, some values of what it
+    predicts on zeros.
     """
 
     runtime: str
     latency_s: Annotated[float, Meta(ge=0)]
-    outputs: dict[str, str] = {}
+    outputs: dict[str, tuple[float, ...]] = {}
 
 
 class ReleaseRequest(Message, frozen=True, kw_only=True):

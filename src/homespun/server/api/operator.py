@@ -95,6 +95,7 @@ class OperatorApi:
         )
         route("DELETE", "/populations/{name}/tokens/{token_id}", self.revoke_token)
         route("POST", "/plans", self.push_plan, takes=bytes, gives=Stored)
+        route("GET", "/plans/{address}", self.plan, gives=bytes)
         route("POST", "/checkpoints", self.push_checkpoint, takes=bytes, gives=Stored)
         route("GET", "/checkpoints/{address}", self.checkpoint, gives=bytes)
         route("GET", "/models", self.models, gives=list[CheckpointView])
@@ -160,6 +161,11 @@ class OperatorApi:
         """Publish a plan's zip; one without a signature is signed with the server's publisher key."""
         data = await read_body(request, MAX_PLAN_BYTES)
         return _json(await asyncio.to_thread(self._home.library.push_plan, data, self._now()))
+
+    async def plan(self, address: str) -> Response:
+        """A plan's zip."""
+        data = await asyncio.to_thread(self._home.library.plan_bytes, address)
+        return Response(data, media_type="application/zip")
 
     async def push_checkpoint(self, request: Request, plan_hash: str) -> Response:
         """Store parameters of a plan, a safetensors file."""
