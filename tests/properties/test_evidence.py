@@ -158,4 +158,4 @@ def test_the_low_end_is_where_wealth_meets_the_limit(reports, alpha):
     limit = log(2 / alpha)
     if low > -0.1:
         assert log_wealth(*at, low + 0.1) >= limit - 1e-9
-    assert log_wealth(*at, low + 0.1 + 1e-7) <= limit  # 1e-7 > 0.2 / 300^3
+    assert log_wealth(*at, low + 0.1 + 1e-7) <= limit  # 1e-7 > 0.2 / 18^6

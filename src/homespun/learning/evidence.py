@@ -240,8 +240,8 @@ def log_joint_wealth(
 
 def _boundary(evidence: Callable[[Real], Real], low: float, high: float, limit: float) -> float:
     """The largest point of [low, high) up to which `evidence`, which falls, is at least `limit`; else `low`."""
-    for _ in range(3):  # to 300^-3 = 4e-8 of the range
-        points = np.linspace(low, high, 301)
+    for _ in range(6):  # to 18^-6 = 3e-8 of the range
+        points = np.linspace(low, high, 19)
         excluded = int(np.count_nonzero(evidence(points[1:-1]) >= limit))
         low, high = float(points[excluded]), float(points[excluded + 1])
     return low
