@@ -10,6 +10,8 @@ device). Simulated releases are looked at after every report (errors) or after e
                groups as centres (peer); Hoeffding's bound mixed likewise; a t-test, once, planned for a power of 80 %
     width      half the interval's width; floor: a t-interval that is looked at once
     canary     two groups of devices of the same size, ours unknown to be equal; devices are those of one group
+    release    whole releases with the gates of `protocol.release` and its defaults, by the true difference of the
+               candidate: share that passes the evaluation, share that the stages take back or let pass, devices needed
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.harness import Row, parse_options, report, rows
-from homespun.learning.evidence import SHARES, Distances, Real, log_joint_wealth, log_wealth
+from homespun.learning.evidence import (
+    SHARES,
+    Distances,
+    Gate,
+    Real,
+    Sums,
+    log_joint_wealth,
+    log_wealth,
+)
+from homespun.protocol.release import ReleaseRequest, evaluation_gate, guardrail_gates
 from homespun.rng import stream
 
 BOUND = 0.1  # reports are clipped to [-BOUND, BOUND]
@@ -314,6 +325,113 @@ def canary(num_releases: int, quick: bool) -> list[Row]:
     return results
 
 
+# --- Whole releases: the gates that the release desk asks --------------------------------------------------
+
+REQUEST = ReleaseRequest(
+    population="phones", slot="default", plan_hash="0" * 64, checkpoint="0" * 64, version="1"
+)
+EVALUATION, GUARDS = evaluation_gate(REQUEST.evaluation, REQUEST.alpha), guardrail_gates(REQUEST)
+
+WATCHED: Mapping[str, Draw] = {  # what devices say of one model, more being better
+    "primary": lambda rng, shape: rng.beta(2, 10, shape),
+    "latency": lambda rng, shape: -np.minimum(rng.lognormal(log(0.01), 0.5, shape), 0.1),
+    "failed": lambda rng, shape: -(rng.random(shape) < 0.01).astype(float),
+}
+
+
+def running(values: Real, every: int = 1) -> Sums:
+    """Sums `[releases, looks]` of reports `[releases, devices]`."""
+    count, total, squares = sums(values, every)
+    return Sums(np.broadcast_to(count, total.shape), total, squares)
+
+
+def picked(reports: Sums, which: Seen) -> Sums:
+    """The sums of some releases and looks."""
+    count, total, squares = (
+        np.asarray(part)[which] for part in (reports.count, reports.total, reports.squares)
+    )
+    return Sums(count, total, squares)
+
+
+def stage_sees(gate: Gate, ours: Real, theirs: Real, *, worse: bool, every: int = 1) -> Seen:
+    """Whether a guardrail takes a release back (`worse`) or lets it pass, `[releases, looks]`.
+
+    Says what the gate says. It is asked only where a bound allows it: what is won for all pairs of means is no more
+    than for the pair that the reports suggest, and that is quick to know.
+    """
+    own, control = running(ours, every), running(theirs, every)
+    than = -(gate.worthwhile or 0.0) if worse else gate.at_least
+    mean = min(max((ours.mean() + theirs.mean() + than) / 2, gate.low), gate.high)
+    places = (
+        (gate.high - mean, mean + than - gate.low)
+        if worse
+        else (mean - gate.low, gate.high - mean + than)
+    )
+    log_limit = log(2 / gate.alpha)
+    bound = sum(
+        log_wealth(*gate.distances(side, upward=upward), max(place + gate.step, 1e-9))
+        for side, upward, place in zip((own, control), (not worse, worse), places, strict=True)
+    )
+    possible = bound >= log_limit
+    ask = gate.shows_less if worse else gate.shows_more
+    seen = np.zeros(possible.shape, np.bool_)
+    seen[possible] = ask(picked(own, possible), picked(control, possible))
+    return seen
+
+
+def equal_releases(num_releases: int, num_devices: int) -> dict[str, float]:
+    """Per cent of equal candidates that are wrongly promoted or taken back; looked at after every report."""
+    values = normal(stream(0, "release", "equal"), (num_releases, num_devices))
+    taken_back = np.zeros(num_releases, np.bool_)
+    for name, gate in GUARDS.items():
+        rng = stream(0, "release", name)
+        for part in np.array_split(np.arange(num_releases), max(1, num_releases // 100)):
+            ours, theirs = (WATCHED[name](rng, (part.size, num_devices)) for _ in range(2))
+            taken_back[part] |= stage_sees(gate, ours, theirs, worse=True).any(axis=1)
+    return {
+        "found better": ever(np.asarray(EVALUATION.shows_more(running(values)))),
+        "found worse": ever(np.asarray(EVALUATION.shows_less(running(values)))),
+        "taken back": 100 * float(taken_back.mean()),
+    }
+
+
+def power_of_releases(num_releases: int, num_devices: int) -> list[Row]:
+    """What becomes of candidates that truly differ: in the evaluation, and in stages that saw no evaluation."""
+    results, every = [], 10
+    for points in (-5.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 5.0):
+        rng = stream(0, "power of releases", str(points))
+        shape = (num_releases, num_devices)
+        paired = running(clipped(rng.normal(points / 100, 0.03, shape)), every)
+        passes, fails = (
+            np.asarray(ask(paired)) for ask in (EVALUATION.shows_more, EVALUATION.shows_less)
+        )
+        results += rows(
+            f"release, {points:+g} points, evaluated",
+            {"passes": [ever(passes)], "fails": [ever(fails)]},
+            unit="%",
+        )
+        decided = {"decided": needed(passes | fails, every)}
+        results += rows(f"release, {points:+g} points, devices", decided, unit="devices")
+        if points <= 0:
+            theirs = WATCHED["primary"](rng, shape)
+            ours = np.clip(WATCHED["primary"](rng, shape) + points / 100, 0, 1)
+            back, on = (
+                stage_sees(GUARDS["primary"], ours, theirs, worse=worse, every=every)
+                for worse in (True, False)
+            )
+            first_back, first_on = (
+                np.where(seen.any(1), seen.argmax(1), num_devices) for seen in (back, on)
+            )
+            outcome = {
+                "taken back": [100 * float((first_back < first_on).mean())],
+                "passes": [100 * float((first_on < first_back).mean())],
+            }
+            results += rows(f"release, {points:+g} points, staged", outcome, unit="%")
+            decided = {"decided": needed(back | on, every)}
+            results += rows(f"release, {points:+g} points, stage", decided, unit="devices")
+    return results
+
+
 def main() -> None:
     options = parse_options(__doc__)
     quick = options.quick
@@ -330,6 +448,9 @@ def main() -> None:
     for num_devices in (10, 100, 1000) if quick else (10, 100, 1000, 10_000):
         results += widths(20, num_devices)
     results += canary(few if quick else 1000, quick)
+    wrong = equal_releases(200 if quick else 1000, 300 if quick else 3000)
+    results += rows("release, equal", {name: [rate] for name, rate in wrong.items()}, unit="%")
+    results += power_of_releases(few // 2, 500 if quick else 4000)
     report(results, options)
 
 

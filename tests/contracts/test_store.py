@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import alembic.command
+import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from homespun.errors import Conflict, NotAuthentic, NotFound, StorageFailure
@@ -19,17 +22,18 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
 )
-from homespun.protocol.release import ReleaseEvent
+from homespun.protocol.release import ReleaseEvent as E
+from homespun.protocol.release import ReleaseRequest
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView
+from homespun.server import store as store_module
 from homespun.server.store import Store
 from homespun.server.store.records import (
     Drawn,
     Gathered,
     Recorded,
     Refused,
-    ReleaseRequest,
     RoundResult,
     Trained,
     TurnedAway,
@@ -357,29 +361,94 @@ def test_rows_that_name_devices_go_with_the_round(store):
 # --- releases --------------------------------------------------------------------------------------
 
 
+def sign(manifest: ReleaseManifest) -> SignedRelease:
+    return SignedRelease(manifest=str(manifest.sequence), signature="")
+
+
+def move(store, record, *events):
+    for event in events:
+        record = store.releases.move(record, event, NOW, sign)
+    return record
+
+
+def ship(store, slot, version):
+    request = ReleaseRequest(
+        population="phones", slot=slot, plan_hash=PLAN, checkpoint=FIRST, version=version
+    )
+    record = store.releases.add(request, f"{slot}{version}", NOW)
+    return move(store, record, E.CHECK, E.EVALUATE, E.PASS, E.DEPLOY)
+
+
 def test_releases_have_growing_numbers_per_slot(store):
-    def sign(manifest: ReleaseManifest) -> SignedRelease:
-        return SignedRelease(manifest=str(manifest.sequence), signature="")
-
-    def ship(slot, version):
-        request = ReleaseRequest(
-            population="phones", slot=slot, plan_hash=PLAN, checkpoint=FIRST, version=version
-        )
-        record = store.releases.add(request, f"{slot}{version}", NOW)
-        for event in (ReleaseEvent.CHECK, ReleaseEvent.EVALUATE, ReleaseEvent.PASS):
-            record = store.releases.move(record.release_id, event, NOW)
-        return store.releases.deploy(record.release_id, NOW, sign)
-
-    assert [ship("a", "1").sequence, ship("a", "2").sequence, ship("b", "1").sequence] == [1, 2, 1]
-    assert [record.state for record in store.releases.all()] == [
-        "superseded",
-        "deployed",
-        "deployed",
-    ]
-    assert store.releases.deployed("phones", "a").version == "2"
+    assert ship(store, "a", "1").sequence == 1
+    assert ship(store, "a", "2").sequence == 2
+    assert ship(store, "b", "1").sequence == 1
+    states = [record.state for record in store.releases.all()]
+    assert states == ["superseded", "deployed", "deployed"]
+    assert store.releases.deployed("phones", "a").request.version == "2"
     assert [(p, n.slot, n.sequence) for p, n in store.releases.notices()] == [
         ("phones", "a", 2),
         ("phones", "b", 1),
     ]
     with pytest.raises(Conflict):
-        store.releases.move("a1", ReleaseEvent.CHECK, NOW)
+        move(store, store.releases.get("a1"), E.CHECK)
+
+
+def test_a_release_moves_once_whoever_looked_at_it(store):
+    ship(store, "a", "1")
+    request = ReleaseRequest(
+        population="phones", slot="a", plan_hash=PLAN, checkpoint=FIRST, version="2"
+    )
+    seen = move(
+        store, store.releases.add(request, "a2", NOW), E.CHECK, E.EVALUATE, E.PASS, E.START_CANARY
+    )
+    ramp = move(store, seen, E.START_RAMP)
+    with pytest.raises(Conflict, match="moved on"):
+        move(store, seen, E.START_RAMP)
+    move(store, ramp, E.START_RAMP)
+    with pytest.raises(Conflict, match="moved on"):  # the same state, but another stage
+        move(store, ramp, E.START_RAMP)
+    assert store.releases.get("a2").stage == 2
+
+
+def test_a_rollback_is_a_higher_number_that_points_to_the_older_release(store):
+    ship(store, "a", "1")
+    second = ship(store, "a", "2")
+    move(store, second, E.ROLL_BACK, E.ROLLED_BACK)
+    first = store.releases.get("a1")
+    assert (first.state, first.sequence, first.fraction) == ("deployed", 3, 1.0)
+    assert store.releases.get("a2").state == "rolled_back"
+
+
+def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    config = alembic.config.Config()
+    config.set_main_option(
+        "script_location", str(Path(store_module.__file__).parent / "migrations")
+    )
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0002")
+        connection.execute(text("INSERT INTO populations VALUES ('phones', 1)"))
+        connection.execute(text(f"INSERT INTO plans VALUES ('{PLAN}', 'plan', 1, x'7b7d', 1)"))
+        for number, state in enumerate(("superseded", "deployed"), start=1):
+            columns = (
+                "release_id, population, slot, version, state, sequence, plan_hash, checkpoint, margin, reason,"
+                " signed, created_at"
+            )
+            connection.execute(
+                text(
+                    f"INSERT INTO releases ({columns}) VALUES ('r{number}', 'phones', 'a', 'v{number}', '{state}',"
+                    f" {number}, '{PLAN}', '{FIRST}', 0, '', x'7b7d', 1)"
+                )
+            )
+    engine.dispose()
+    store = Store(url)
+    second = store.releases.deployed("phones", "a")
+    assert second is not None
+    assert (second.release_id, second.sequence, second.incumbent_id) == ("r2", 2, "r1")
+    assert (second.request.checkpoint, second.request.stages) == (FIRST, ())
+    assert store.releases.signed("phones", "a", for_all=True) == b"{}"
+    assert [step.state for step in store.releases.steps("r1")] == ["superseded"]
+    store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -12,7 +12,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homespun.learning.contribution import Contribution, ContributionCodec
-from homespun.learning.metrics import MetricSum, paired_names
+from homespun.learning.metrics import MetricSum, paired_names, watched_names
 from homespun.protocol.frame import encode_contribution
 from homespun.protocol.messages import (
     Abort,
@@ -25,6 +25,7 @@ from homespun.protocol.messages import (
     Enrolled,
     Receipt,
     TaskKind,
+    Watch,
     decode,
     encode,
 )
@@ -41,10 +42,11 @@ POPULATION = "phones"
 
 @dataclass
 class Device:
-    """One synthetic device. `index` is all its randomness."""
+    """One synthetic device. `index` is all its randomness; `watching`: what it was asked about a release, if it was."""
 
     world: World
     index: int
+    watching: Watch | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         secret = hashlib.sha256(f"device {self.index}".encode()).digest()
@@ -100,11 +102,13 @@ class Device:
         manifest, how = self.world.plan.manifest, assigned.encoding
         train = assigned.kind is TaskKind.TRAIN
         names = ("loss", *manifest.metrics)
+        paired = paired_names(names, len(assigned.checkpoints))
+        evaluated = watched_names() if self.watching is not None else paired
         return ContributionCodec(
             dimension=manifest.num_parameters if train else 0,
             clip_norm=how.clip_norm,
             max_weight=how.max_weight,
-            metrics=names if train else paired_names(names, len(assigned.checkpoints)),
+            metrics=names if train else evaluated,
             max_group=how.max_group,
             bits=how.bits,
             rotation_seed=how.rotation_seed,

@@ -1,160 +1,429 @@
-"""Releases: evidence from other devices decides; devices get a signed manifest whose number only grows."""
+"""Releases: other devices decide, a few serve it first, and whatever happens every device ends with one good model."""
 
 from __future__ import annotations
 
-import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import msgspec
 import pytest
 
 from homespun.errors import Conflict, InvalidConfig, NotFound
-from homespun.learning.metrics import MetricSum
-from homespun.protocol import signing
-from homespun.protocol.messages import (
-    ReleaseManifest,
-    ReleaseNotice,
-    SignedRelease,
-    TaskKind,
-    decode,
+from homespun.learning.evidence import Verdict
+from homespun.protocol.messages import Aggregation, Bucket, Criteria, ReleaseNotice, TaskKind
+from homespun.protocol.release import (
+    EvaluationSpec,
+    ReleaseRequest,
+    Reports,
+    Stage,
+    WatchSpec,
 )
-from homespun.protocol.views import ReleaseView
-from homespun.server.releases import mean_and_error
-from homespun.server.store.records import ReleaseRequest
+from homespun.protocol.tasks import GroupSpec
+from homespun.protocol.views import ReleaseView, TaskView
+from homespun.server.releases import ReleaseDesk
 from tests.fleet.device import POPULATION
+from tests.fleet.served import PATH, Model, Serving, fetch, follow, serve, show, take_part
 
-PATH = f"/v1/releases/{POPULATION}/default"
+GOOD, BETTER, WORSE = Model(0.5), Model(0.6), Model(0.4)
+CRASHES, SLOW = Model(0.6, fails=True), Model(0.6, latency_s=0.09)
+DAY_S = 86_400.0
 
 
-def served(world):
-    """The manifest that a device gets, after checking who signed it."""
-    signed = world.devices[0].call(SignedRelease, "GET", PATH)
-    data = base64.b64decode(signed.manifest)
-    public = world.deployment.keys.publisher_public
-    signing.verify(public, signed.signature, signing.RELEASE_CONTEXT + data)
-    return decode(data, ReleaseManifest)
+def reports(goal: int, aggregation: Aggregation = Aggregation.PLAIN, **fields) -> Reports:
+    return Reports(
+        goal=goal,
+        minimum=goal,
+        min_group=3,
+        groups=GroupSpec(size=10, step_s=30.0),
+        over_selection=1.0,
+        pool_target=1,
+        criteria=Criteria(requires=(), **fields),
+        aggregation=aggregation,
+    )
+
+
+def terms(aggregation: Aggregation = Aggregation.PLAIN, **fields):
+    """A release among 40 devices: two stages, wide margins, since so few can tell so little."""
+    return {
+        "evaluation": EvaluationSpec(reports=reports(10, aggregation)),
+        "stages": (Stage(fraction=0.25, soak_s=DAY_S), Stage(fraction=0.5, soak_s=DAY_S)),
+        "watch": WatchSpec(
+            primary=0.5, latency_s=0.06, failed=0.6, reports=reports(5, aggregation)
+        ),
+        **fields,
+    }
 
 
 @pytest.fixture
 def shipped(make_world):
-    """A world whose slot serves checkpoint 0, and the hashes of plan and checkpoints 0, 1, 2."""
-    world = make_world(5)
+    """Devices that serve checkpoint 0; hashes of the plan and of checkpoints 0 to 4."""
+    world = make_world(40)
     plan = world.push_plan().hash
-    checkpoints = [world.push_checkpoint(plan, seed).hash for seed in range(3)]
+    checkpoints = [world.push_checkpoint(plan, seed).hash for seed in range(5)]
+    models = dict(zip(checkpoints, (GOOD, BETTER, WORSE, CRASHES, SLOW), strict=True))
+    devices = serve(world, models)
     assert world.release(plan, checkpoints[0], "1").state == "deployed"
-    return world, plan, checkpoints
+    fetch(world, devices)
+    return world, plan, checkpoints, devices
 
 
-def evaluate(world, plan, checkpoints, name="evaluate", **fields):
-    task = world.create_task(
-        TaskKind.EVALUATE,
-        plan_hash=plan,
-        checkpoints=tuple(checkpoints),
-        goal=5,
-        name=name,
-        **fields,
-    )
-    world.run_round(task)
-    return task
+def serving(devices: list[Serving]) -> set[str]:
+    return {device.active.version for device in devices if device.active is not None}
+
+
+def states(view: ReleaseView) -> list[str]:
+    return [str(step.state) for step in view.steps]
+
+
+def active_tasks(world) -> list[str]:
+    return [
+        t.spec.name for t in world.operate(list[TaskView], "GET", "/tasks") if t.state == "active"
+    ]
+
+
+# --- From a checkpoint to every device ----------------------------------------------------------------
 
 
 def test_the_first_release_needs_no_evidence(shipped):
-    world, plan, checkpoints = shipped
-    manifest = served(world)
+    world, plan, checkpoints, devices = shipped
+    manifest = devices[0].manifest()
     assert (manifest.sequence, manifest.checkpoint, manifest.plan_hash) == (1, checkpoints[0], plan)
-    assert world.devices[0].check_in().releases == (ReleaseNotice(slot="default", sequence=1),)
+    assert (manifest.fraction, manifest.control) == (1.0, 0.0)
+    assert devices[0].check_in().releases == (ReleaseNotice(slot="default", sequence=1),)
     (view,) = world.operate(list[ReleaseView], "GET", "/releases")
-    assert (view.reason, view.evidence) == ("the first release of its slot", None)
+    assert view.reason == "the first release of its slot"
+    assert states(show(world, view)) == ["checked", "evaluating", "passed", "deployed"]
 
 
-def test_a_better_candidate_is_deployed_and_supersedes(shipped, aggregation):
-    world, plan, (old, new, _) = shipped
-    task = evaluate(world, plan, (new, old), aggregation=aggregation)
-    view = world.release(plan, new, "2", evaluation_task_id=task.task_id)
-    assert view.state == "deployed"
-    evidence = view.evidence
-    assert (evidence.metric, evidence.num_devices, evidence.wins) == ("accuracy", 5, 3)
-    # The devices report differences of -0.01, 0, 0.01, 0.02, 0.03.
-    assert evidence.mean_difference == pytest.approx(0.01, abs=1e-4)
-    assert evidence.standard_error == pytest.approx(0.0158 / 5**0.5, abs=1e-4)
-    assert served(world).sequence == 2
-    assert served(world).checkpoint == new
-    states = [release.state for release in world.operate(list[ReleaseView], "GET", "/releases")]
-    assert states == ["superseded", "deployed"]
+def test_a_good_candidate_reaches_every_device_by_stages(shipped, aggregation):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms(aggregation))
+    assert release.state == "evaluating"
+    canary = follow(world, devices, release, {"canary"})
+    assert canary.evidence is not None
+    assert canary.evidence.difference.verdict is Verdict.PASS
+    assert canary.evidence.difference.low > 0
+    assert canary.evidence.wins > canary.evidence.num_devices / 2
+    assert (canary.evidence.metric, canary.sequence, canary.fraction) == ("accuracy", 2, 0.25)
+    assert serving(devices) == {"1", "2"}
+    assert active_tasks(world) == [f"watch-{release.release_id}"]
+    ramp = follow(world, devices, release, {"ramp"})
+    assert ramp.since - canary.since >= DAY_S
+    members = {device.index for device in devices if device.active.version == "2"}
+    end = follow(world, devices, release, {"deployed"})
+    assert serving(devices) == {"2"}
+    assert 0 < len(members) < 40
+    assert states(end)[-4:] == ["passed", "canary", "ramp", "deployed"]
+    older = world.operate(list[ReleaseView], "GET", "/releases")[0]
+    assert (older.state, active_tasks(world)) == ("superseded", [])
+    # Every promotion points to its evidence.
+    for step in end.steps:
+        if step.state in ("passed", "ramp", "deployed"):
+            assert {found.verdict for found in step.findings} == {Verdict.PASS}
+    assert [found.name for found in end.steps[-1].findings] == ["primary", "latency", "failed"]
 
 
-def test_a_worse_candidate_is_rejected_and_nothing_changes(shipped):
-    world, plan, (old, new, _) = shipped
-    for device in world.devices:
-        device.index *= 5  # every device finds the candidate 0.01 worse
-    task = evaluate(world, plan, (new, old))
-    view = world.release(plan, new, "2", evaluation_task_id=task.task_id)
-    assert (view.state, view.sequence) == ("rejected", None)
-    assert "worse" in view.reason
-    assert view.evidence.mean_difference == pytest.approx(-0.01, abs=1e-4)
-    assert served(world).checkpoint == old
-    lenient = world.release(plan, new, "3", evaluation_task_id=task.task_id, margin=0.02)
-    assert lenient.state == "deployed"
+def test_a_worse_candidate_is_rejected_and_nothing_changes(shipped, aggregation):
+    world, plan, (_, _, worse, *_), devices = shipped
+    release = world.release(plan, worse, "2", **terms(aggregation))
+    view = follow(world, devices, release, {"rejected", "passed", "canary"})
+    assert (view.state, view.reason, view.sequence) == (
+        "rejected",
+        "worse than the incumbent",
+        None,
+    )
+    assert view.evidence is not None
+    assert view.evidence.difference.high < 0
+    assert serving(devices) == {"1"}
+    assert active_tasks(world) == []
 
 
-def test_a_release_waits_for_its_evaluation(shipped):
-    world, plan, (old, new, third) = shipped
-    task = world.create_task(TaskKind.EVALUATE, plan_hash=plan, checkpoints=(new, old), goal=5)
-    view = world.release(plan, new, "2", evaluation_task_id=task.task_id)
-    assert view.state == "evaluating"
-    assert world.release(plan, new, "2", evaluation_task_id=task.task_id) == view
+def test_what_cannot_be_told_apart_is_rejected_in_the_end(shipped):
+    world, plan, (good, *_), devices = shipped
+    few = EvaluationSpec(most=20, reports=reports(10))
+    release = world.release(plan, good, "2", **terms(evaluation=few))
+    view = follow(world, devices, release, {"rejected", "canary"})
+    assert (view.state, view.reason) == ("rejected", "not shown to be better, on 20 devices")
+    lenient = EvaluationSpec(margin=0.08, most=40, reports=reports(10))
+    again = world.release(plan, good, "3", **terms(evaluation=lenient))
+    view = follow(world, devices, again, {"rejected", "canary"})
+    assert (view.state, view.steps[2].reason) == ("canary", "at most 0.08 worse than the incumbent")
+
+
+@pytest.mark.parametrize(("which", "name"), [(3, "failed"), (4, "latency")])
+def test_a_candidate_that_fails_in_canary_is_taken_back_everywhere(shipped, which, name):
+    world, plan, checkpoints, devices = shipped
+    stages = (Stage(fraction=0.5, soak_s=DAY_S),)
+    release = world.release(plan, checkpoints[which], "2", **terms(stages=stages))
+    follow(world, devices, release, {"canary"})
+    started = world.clock.now()
+    view = follow(world, devices, release, {"rolled_back", "deployed"})
+    assert (view.state, view.reason) == ("rolled_back", f"worse than the control band: {name}")
+    assert world.clock.now() - started < DAY_S  # nobody waits for the soak
+    assert serving(devices) == {"1"}
+    newest = devices[0].manifest()
+    assert (newest.sequence, newest.version, newest.fraction) == (3, "1", 1.0)
+    rolled = [s for s in view.steps if s.state == "rolling_back"]
+    assert Verdict.REJECT in {found.verdict for found in rolled[0].findings}
+    assert active_tasks(world) == []
+    # The slot is free again.
+    assert world.release(plan, checkpoints[1], "3", **terms()).state == "evaluating"
+
+
+def test_without_stages_it_is_deployed_at_once(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms(stages=()))
+    view = follow(world, devices, release, {"deployed"})
+    assert states(view)[-2:] == ["passed", "deployed"]
+    assert serving(devices) == {"2"}
+
+
+def test_a_device_that_joins_during_a_canary_serves_what_the_others_do(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    follow(world, devices, release, {"canary"})
+    late = [Serving(world, 100 + index, devices[0].models) for index in range(20)]
+    token = world.token()
+    for device in late:
+        device.enroll(token)
+        device.fetch()
+    for device in late:
+        assert device.newest is not None
+        assert device.active is not None
+        inside = device.place(device.newest) < 0.25
+        assert device.active.version == ("2" if inside else "1")
+    assert serving(late) == {"1", "2"}
+
+
+# --- What people do -----------------------------------------------------------------------------------
+
+
+def operate(world, release: ReleaseView, verb: str) -> ReleaseView:
+    view: ReleaseView = world.operate(ReleaseView, "POST", f"/releases/{release.release_id}/{verb}")
+    return view
+
+
+def test_a_person_holds_and_resumes(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    assert operate(world, release, "hold").held_from == "evaluating"
+    assert active_tasks(world) == []
     with pytest.raises(Conflict, match="on its way"):
-        world.release(plan, third, "3", evaluation_task_id=_evaluated(world, plan, third, old))
-    world.restart()
-    world.run_round(task)
-    assert served(world).checkpoint == new
+        world.release(plan, better, "3", **terms())
+    assert operate(world, release, "hold").state == "held"  # again: nothing happens
+    assert operate(world, release, "resume").state == "evaluating"
+    follow(world, devices, release, {"canary"})
+    held = operate(world, release, "hold")
+    assert (held.state, held.held_from, held.reason) == ("held", "canary", "a person held it")
+    before = devices[0].manifest().sequence
+    world.pass_time(10 * DAY_S)
+    assert (show(world, release).state, active_tasks(world)) == ("held", [])
+    resumed = operate(world, release, "resume")
+    assert (resumed.state, resumed.since) == ("canary", world.clock.now())  # it soaks again
+    assert devices[0].manifest().sequence == before
+    assert follow(world, devices, release, {"deployed"}).state == "deployed"
+    assert serving(devices) == {"2"}
+    with pytest.raises(Conflict, match="not held"):
+        operate(world, release, "resume")
 
 
-def _evaluated(world, plan, candidate, incumbent):
-    spec = {"plan_hash": plan, "checkpoints": (candidate, incumbent), "name": "other"}
-    return world.create_task(TaskKind.EVALUATE, goal=5, **spec).task_id
+def test_a_person_takes_a_release_back(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    follow(world, devices, release, {"deployed"})
+    view = operate(world, release, "roll-back")
+    assert (view.state, view.reason) == ("rolled_back", "a person took it back")
+    assert operate(world, release, "roll-back").state == "rolled_back"
+    fetch(world, devices)
+    assert serving(devices) == {"1"}
+    assert world.operate(list[ReleaseView], "GET", "/releases")[0].state == "deployed"
 
 
-def test_a_release_whose_evaluation_is_stopped_is_rejected(shipped):
-    world, plan, (old, new, _) = shipped
-    task = world.create_task(TaskKind.EVALUATE, plan_hash=plan, checkpoints=(new, old), goal=5)
-    world.release(plan, new, "2", evaluation_task_id=task.task_id)
+def test_a_held_release_is_taken_back(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    follow(world, devices, release, {"canary"})
+    operate(world, release, "hold")
+    assert operate(world, release, "roll-back").state == "rolled_back"
+    fetch(world, devices)
+    assert serving(devices) == {"1"}
+    early = world.release(plan, better, "3", **terms())
+    assert operate(world, early, "roll-back").state == "rolled_back"
+    assert (
+        devices[0].manifest().sequence == 3
+    )  # it was never published, so nothing had to be taken back
+
+
+def test_the_first_release_has_nothing_to_go_back_to(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    (first,) = world.operate(list[ReleaseView], "GET", "/releases")
+    view = operate(world, first, "roll-back")
+    assert (view.state, view.held_from) == ("held", "deployed")
+    assert "nothing to go back to" in view.reason
+    assert devices[0].manifest(f"{PATH}/deployed").version == "1"
+    assert operate(world, first, "resume").state == "deployed"
+    release = world.release(plan, better, "2", **terms())
+    for verb in ("hold", "roll-back"):
+        with pytest.raises(Conflict, match="on its way"):
+            operate(world, first, verb)
+    assert release.state == "evaluating"
+
+
+def test_a_release_whose_own_task_is_stopped_is_held(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    follow(world, devices, release, {"canary"})
+    (task,) = (t for t in world.operate(list[TaskView], "GET", "/tasks") if t.state == "active")
     world.operate(dict, "POST", f"/tasks/{task.task_id}/stop")
     world.settle()
-    view = world.operate(list[ReleaseView], "GET", "/releases")[-1]
-    assert (view.state, view.reason) == ("rejected", "its evaluation evaluate was stopped")
+    view = show(world, release)
+    assert view.state == "held"
+    assert view.reason == f"its task watch-{release.release_id} was stopped"
 
 
-def test_evidence_must_be_about_this_release(shipped):
-    world, plan, (old, new, third) = shipped
-    with pytest.raises(InvalidConfig, match="evidence is needed"):
-        world.release(plan, new, "2")
-    task = evaluate(world, plan, (new, old))
+# --- What must hold -----------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+def test_the_server_dies_after_every_step(shipped, monkeypatch):
+    world, plan, (_, better, *_), devices = shipped
+    step, deaths = ReleaseDesk.step, []
+
+    def dying(desk, release, now):
+        moved = step(desk, release, now)
+        if moved is not None:
+            deaths.append(moved.state)
+            raise KilledError
+        return moved
+
+    def live():
+        """Until nothing is due any more, each life long enough for one step."""
+        while True:
+            try:
+                return world.settle()
+            except KilledError:
+                world.crash()
+                with suppress(KilledError):
+                    world.start()
+
+    monkeypatch.setattr(ReleaseDesk, "step", dying)
+    request = msgspec.convert(
+        {"population": POPULATION, "slot": "default", "plan_hash": plan, "checkpoint": better,
+         "version": "2", **terms()}, ReleaseRequest,
+    )  # fmt: skip
+    with pytest.raises(KilledError):
+        world.deployment.desk.create(request, world.clock.now())
+    live()
+    for _ in range(40):
+        with suppress(KilledError):
+            if not take_part(world, devices):
+                world.clock.advance(6 * 3600.0)
+        live()
+        if deaths[-1] == "deployed":
+            break
+    assert deaths == ["checked", "evaluating", "passed", "canary", "ramp", "deployed"]
+    release = world.operate(list[ReleaseView], "GET", "/releases")[-1]
+    assert states(show(world, release)) == [*deaths]
+    assert (release.sequence, release.fraction) == (4, 1.0)  # 2 and 3 were the stages
+    fetch(world, devices)
+    assert serving(devices) == {"2"}
+    assert active_tasks(world) == []
+
+
+def test_no_device_reports_twice_and_none_that_trained_judges(make_world):
+    world = make_world(12)
+    plan = world.push_plan().hash
+    first = world.push_checkpoint(plan).hash
+    assert world.release(plan, first, "1").state == "deployed"
+    low, high = Bucket(salt="s", high=0.5), Bucket(salt="s", low=0.5)
+    task = world.create_task(criteria=Criteria(requires=(), bucket=low), goal=3)
+    world.run_round(task)
+    head = world.task(task).head
+    judged = EvaluationSpec(reports=reports(3, bucket=low))
+    with pytest.raises(InvalidConfig, match="would judge it"):
+        world.release(plan, head, "2", **terms(evaluation=judged))
+    release = world.release(plan, head, "2", **terms(evaluation=EvaluationSpec(reports=reports(3))))
+    assert release.request.evaluation.reports.criteria.bucket == high
+    (evaluation,) = (
+        t for t in world.operate(list[TaskView], "GET", "/tasks") if t.spec.kind == "evaluate"
+    )
+    assert evaluation.spec.criteria.min_separation_rounds == evaluation.spec.num_rounds
+    assert evaluation.spec.difference_clip == 0.1
+
+
+def test_an_evaluation_of_the_operators_own_is_judged_by_the_same_gate(shipped):
+    world, plan, (good, better, worse, *_), _ = shipped
+    names = iter("abcd")
+
+    def evaluated(*checkpoints):
+        task = world.create_task(
+            TaskKind.EVALUATE, plan_hash=plan, checkpoints=checkpoints, goal=40, name=next(names)
+        )
+        return task, {"evaluation_task_id": task.task_id, **terms(stages=())}
+
+    task, fields = evaluated(better, good)
+    release = world.release(plan, better, "2", **fields)
+    assert release.state == "evaluating"
+    assert world.release(plan, better, "2", **fields).release_id == release.release_id
+    world.run_round(task)
+    assert show(world, release).state == "deployed"
+    task, fields = evaluated(worse, better)
+    world.run_round(task)
+    view = world.release(plan, worse, "3", **fields)
+    assert (view.state, view.reason) == ("rejected", "worse than the incumbent")
+    task, fields = evaluated(worse, better)
+    stopped = world.release(plan, worse, "4", **fields)
+    world.operate(dict, "POST", f"/tasks/{task.task_id}/stop")
+    world.settle()
+    view = show(world, stopped)
+    assert (view.state, view.reason) == ("rejected", f"its task {task.spec.name} was stopped")
+    _, fields = evaluated(worse, good)
+    with pytest.raises(InvalidConfig, match="another model than the one that is served"):
+        world.release(plan, worse, "5", **fields)
+
+
+def test_named_evidence_must_be_about_this_release(shipped):
+    world, plan, (good, better, worse, *_), _ = shipped
+
+    def named(kind, *checkpoints):
+        fields = {"plan_hash": plan, "checkpoints": checkpoints, "goal": 5}
+        return {
+            "evaluation_task_id": world.create_task(
+                kind, **fields, name=f"t{len(checkpoints)}-{kind}"
+            ).task_id
+        }
+
     with pytest.raises(InvalidConfig, match="did not evaluate"):
-        world.release(plan, third, "2", evaluation_task_id=task.task_id)
-    alone = evaluate(world, plan, (new,), "alone")
+        world.release(plan, worse, "2", **named(TaskKind.EVALUATE, better, good))
     with pytest.raises(InvalidConfig, match="compares with nothing"):
-        world.release(plan, new, "2", evaluation_task_id=alone.task_id)
-    train = world.create_task(plan_hash=plan, checkpoints=(new,))
+        world.release(plan, better, "2", **named(TaskKind.EVALUATE, better))
     with pytest.raises(InvalidConfig, match="no evaluation"):
-        world.release(plan, new, "2", evaluation_task_id=train.task_id)
+        world.release(plan, better, "2", **named(TaskKind.TRAIN, better))
     with pytest.raises(NotFound):
-        world.release(plan, new, "2", evaluation_task_id="0" * 32)
-    other = evaluate(world, plan, (new, third), "with-another")
-    view = world.release(plan, new, "2", evaluation_task_id=other.task_id)
+        world.release(plan, better, "2", evaluation_task_id="0" * 32)
+
+
+def test_what_does_not_fit_a_device_is_rejected_before_anybody_is_asked(shipped):
+    world, plan, (_, better, *_), _ = shipped
+    view = world.release(plan, better, "2", limits={"max_size_bytes": 100})
     assert view.state == "rejected"
-    assert "not what is served" in view.reason
-    assert served(world).checkpoint == old
+    assert "100 are allowed" in view.reason
+    slow = {"runtime": "test", "latency_s": 0.2}
+    view = world.release(plan, better, "3", trial=slow)
+    assert (view.state, "200.0 ms with test" in view.reason) == ("rejected", True)
 
 
 def test_a_version_means_one_thing(shipped):
-    world, plan, (old, new, _) = shipped
-    assert world.release(plan, old, "1").sequence == 1  # repeating it changes nothing
-    task = evaluate(world, plan, (new, old))
+    world, plan, (good, better, *_), _ = shipped
+    assert world.release(plan, good, "1").sequence == 1  # repeating it changes nothing
     with pytest.raises(Conflict, match="version 1"):
-        world.release(plan, new, "1", evaluation_task_id=task.task_id)
+        world.release(plan, better, "1")
     with pytest.raises(NotFound, match="checkpoint"):
-        world.release(plan, "9" * 64, "3", evaluation_task_id=None, slot="fresh")
+        world.release(plan, "9" * 64, "3", slot="fresh")
 
 
 def test_requests_and_the_scheduler_may_look_at_once(make_world):
@@ -174,20 +443,12 @@ def test_requests_and_the_scheduler_may_look_at_once(make_world):
 
     with ThreadPoolExecutor(4) as pool:
         for number in range(10):
-            states = list(pool.map(ask, [f"slot{number}"] * 4))
-            assert states == ["deployed"] * 4
+            assert list(pool.map(ask, [f"slot{number}"] * 4)) == ["deployed"] * 4
 
 
 def test_nothing_released_yet(make_world):
     world = make_world(1)
-    with pytest.raises(NotFound):
-        world.devices[0].call(SignedRelease, "GET", PATH)
-
-
-def test_mean_and_standard_error():
-    values = [0.1, 0.2, 0.4, 0.5]
-    sums = MetricSum(sum(values), 4), MetricSum(sum(v * v for v in values), 4)
-    mean, error = mean_and_error(*sums)
-    assert mean == pytest.approx(0.3)
-    assert error == pytest.approx((0.1 / 3 / 4) ** 0.5)
-    assert mean_and_error(MetricSum(0.7, 1), MetricSum(0.49, 1)) == (0.7, 0.0)
+    (device,) = serve(world, {})
+    for path in (PATH, f"{PATH}/deployed"):
+        with pytest.raises(NotFound):
+            device.manifest(path)

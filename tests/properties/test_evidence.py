@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homespun.learning.evidence import SHARES, Gate, Sums, log_joint_wealth, log_wealth
+from homespun.learning.evidence import SHARES, Distances, Gate, Sums, log_joint_wealth, log_wealth
 
 GATE = Gate(-0.1, 0.1)
 STEP = 2.0**-16
@@ -24,7 +24,7 @@ def sums(reports):
     return Sums(values.size, float(values.sum()), float(np.square(values).sum()))
 
 
-def distances(reports, **which) -> tuple[float, float, float]:
+def distances(reports, **which) -> Distances:
     return GATE.distances(sums(reports), **which)
 
 
@@ -158,4 +158,4 @@ def test_the_low_end_is_where_wealth_meets_the_limit(reports, alpha):
     limit = log(2 / alpha)
     if low > -0.1:
         assert log_wealth(*at, low + 0.1) >= limit - 1e-9
-    assert log_wealth(*at, low + 0.1 + 1e-7) <= limit  # 1e-7 > 0.2 / 300^3
+    assert log_wealth(*at, low + 0.1 + 1e-7) <= limit  # 1e-7 > 0.2 / 18^6

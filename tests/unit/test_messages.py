@@ -86,6 +86,7 @@ EXAMPLES = (
         issued_at=0.0,
     ),
     SignedRelease(manifest="e30=", signature="AAAA"),
+    messages.Watch(slot="keyboard", release_id="r1"),
 )
 EACH = pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 

@@ -19,7 +19,7 @@ def test_sums_and_counts_are_added_apart():
 def test_pairing_two_checkpoints_on_paper():
     candidate = {"top1": MetricSum(6.0, 10.0), "loss": MetricSum(20.0, 10.0)}
     incumbent = {"top1": MetricSum(4.0, 10.0), "loss": MetricSum(25.0, 10.0)}
-    sums = paired((candidate, incumbent), "top1")
+    sums = paired((candidate, incumbent), "top1", 1.0)
     assert tuple(sums) == (
         "0.top1", "0.loss", "1.top1", "1.loss", "difference", "difference_squared", "wins",
     )  # fmt: skip
@@ -27,10 +27,13 @@ def test_pairing_two_checkpoints_on_paper():
     assert sums["difference"].sum == pytest.approx(0.2)
     assert sums["difference_squared"].sum == pytest.approx(0.04)
     assert sums["wins"] == MetricSum(1.0, 1.0)
-    assert paired((incumbent, candidate), "top1")["wins"] == MetricSum(0.0, 1.0)
-    assert paired((candidate, candidate), "top1")["wins"] == MetricSum(0.0, 1.0)
+    bounded = paired((incumbent, candidate), "top1", 0.1)
+    assert bounded["difference"] == MetricSum(-0.1, 1.0)
+    assert bounded["difference_squared"].sum == pytest.approx(0.01)
+    assert paired((incumbent, candidate), "top1", 1.0)["wins"] == MetricSum(0.0, 1.0)
+    assert paired((candidate, candidate), "top1", 1.0)["wins"] == MetricSum(0.0, 1.0)
 
 
 def test_one_checkpoint_has_nothing_to_be_compared_with():
-    assert paired(({"top1": MetricSum(1.0, 2.0)},), "top1") == {"0.top1": MetricSum(1.0, 2.0)}
+    assert paired(({"top1": MetricSum(1.0, 2.0)},), "top1", 1.0) == {"0.top1": MetricSum(1.0, 2.0)}
     assert paired_names(("top1",), 1) == ("0.top1",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from homespun.protocol.release import RELEASE, ReleaseEvent, ReleaseState
+from homespun.protocol.release import RELEASE, RESUMED_BY, ReleaseEvent, ReleaseState
 
 R, E = ReleaseState, ReleaseEvent
 SERVED = {R.CANARY, R.RAMP, R.DEPLOYED}
@@ -30,7 +30,17 @@ def test_the_way_by_stages_and_back():
 
 def test_nothing_is_served_that_did_not_pass():
     ways_in = {r.source for r in RELEASE.rows if r.target in SERVED and r.source not in SERVED}
-    assert ways_in == {R.PASSED}
+    # Both were served before: a held release goes on only where it was, see `store.releases`.
+    assert ways_in == {R.PASSED, R.SUPERSEDED, R.HELD}
+
+
+def test_whatever_a_person_holds_goes_on_where_it_was():
+    holdable = {row.source for row in RELEASE.rows if row.event is E.HOLD}
+    assert holdable == set(RESUMED_BY)
+    assert {RELEASE.next(R.HELD, event): state for state, event in RESUMED_BY.items()} == {
+        state: state for state in RESUMED_BY
+    }
+    assert RELEASE.next(R.HELD, E.ROLL_BACK) is R.ROLLING_BACK
 
 
 def test_whatever_is_served_can_be_taken_back():

@@ -81,7 +81,7 @@ def test_a_group_is_told_what_the_task_says():
 
 def test_evaluation_is_metrics_only_and_weighs_every_device_alike():
     how = encoding(spec(TaskKind.EVALUATE), MANIFEST, 1, 1)
-    assert (how.clip_norm, how.max_weight, how.rotation_seed) == (1.0, 0, None)
+    assert (how.clip_norm, how.max_weight, how.rotation_seed) == (0.1, 0, None)
     codec = contribution_codec(spec(TaskKind.EVALUATE), MANIFEST, 1, 1)
     assert codec.dimension == 0
     assert codec.metrics[:4] == ("0.loss", "0.accuracy", "1.loss", "1.accuracy")

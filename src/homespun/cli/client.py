@@ -87,6 +87,9 @@ class OperatorClient:
     def push_plan(self, data: bytes) -> Stored:
         return self._call(Stored, "POST", "/plans", content=data)
 
+    def plan(self, plan_hash: str) -> bytes:
+        return self._exchange("GET", f"/plans/{plan_hash}")
+
     def push_checkpoint(self, data: bytes, plan_hash: str) -> Stored:
         return self._call(
             Stored, "POST", "/checkpoints", content=data, params={"plan_hash": plan_hash}
@@ -118,6 +121,20 @@ class OperatorClient:
 
     def create_release(self, **release: Any) -> ReleaseView:
         return self._call(ReleaseView, "POST", "/releases", json=release)
+
+    def release(self, release_id: str) -> ReleaseView:
+        return self._call(ReleaseView, "GET", f"/releases/{release_id}")
+
+    def hold_release(self, release_id: str, reason: str = "") -> ReleaseView:
+        params = {"reason": reason}
+        return self._call(ReleaseView, "POST", f"/releases/{release_id}/hold", params=params)
+
+    def resume_release(self, release_id: str) -> ReleaseView:
+        return self._call(ReleaseView, "POST", f"/releases/{release_id}/resume")
+
+    def roll_back_release(self, release_id: str, reason: str = "") -> ReleaseView:
+        params = {"reason": reason}
+        return self._call(ReleaseView, "POST", f"/releases/{release_id}/roll-back", params=params)
 
     def releases(self) -> list[ReleaseView]:
         return self._call(list[ReleaseView], "GET", "/releases")

@@ -1,4 +1,4 @@
-"""`model` and `plan`: what is trained, what is served."""
+"""`model` and `plan`: what is trained, what is served; releases are in `cli.releases`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import typer
 
+from homespun.cli import releases
 from homespun.cli.client import DataOption, JsonOption, ServerOption, TokenOption, connect
-from homespun.cli.output import out, percent, print_json, print_table, size
+from homespun.cli.output import out, print_json, print_table, size
+from homespun.cli.releases import describe as describe  # noqa: PLC0414
 from homespun.errors import InvalidConfig, InvalidInput
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
-from homespun.protocol.views import Evidence, ReleaseView
 from homespun.tensors import codec
 
 model = typer.Typer(help="Checkpoints and releases.")
@@ -28,11 +29,11 @@ def list_models(
 ) -> None:
     """List checkpoints, newest last, and releases."""
     client = connect(server, operator_token, data)
-    checkpoints, releases = client.checkpoints(), client.releases()
+    checkpoints, released = client.checkpoints(), client.releases()
     if json:
-        print_json({"checkpoints": checkpoints, "releases": releases})
+        print_json({"checkpoints": checkpoints, "releases": released})
         return
-    served = {release.checkpoint: release for release in releases}
+    served = {release.checkpoint: release for release in released}
     rows = [
         (
             view.hash[:12],
@@ -69,57 +70,6 @@ def push_model(
         )
     stored = connect(server, operator_token, data).push_checkpoint(content, plan_hash)
     print_json(stored) if json else out.print(stored.hash, markup=False)
-
-
-@model.command("release")
-def release(
-    population: str,
-    plan_hash: str,
-    checkpoint: str,
-    version: str = typer.Option(..., help="A name for people, such as 1.4."),
-    slot: str = typer.Option("default", help="What the release is for."),
-    evaluation: str | None = typer.Option(
-        None, help="Evaluation task that compared it with the incumbent."
-    ),
-    margin: float = typer.Option(0.0, min=0.0, help="How much worse it may be."),
-    server: str | None = ServerOption,
-    operator_token: str | None = TokenOption,
-    data: Path = DataOption,
-    json: bool = JsonOption,
-) -> None:
-    """Release a checkpoint to the population, if the evidence allows it."""
-    view = connect(server, operator_token, data).create_release(
-        population=population,
-        slot=slot,
-        plan_hash=plan_hash,
-        checkpoint=checkpoint,
-        version=version,
-        evaluation_task_id=evaluation,
-        margin=margin,
-    )
-    if json:
-        print_json(view)
-    else:
-        out.print(describe(view), markup=False)
-    if view.state == "rejected":
-        raise typer.Exit(1)
-
-
-def describe(view: ReleaseView) -> str:
-    """A release in one line."""
-    text = f"release {view.version} of {view.checkpoint[:12]}: {view.state}"
-    if view.evidence is not None:
-        text += f" ({describe_evidence(view.evidence)})"
-    return text + (f": {view.reason}" if view.reason else "")
-
-
-def describe_evidence(evidence: Evidence) -> str:
-    """Evidence in one line."""
-    return (
-        f"{evidence.metric} {percent(evidence.incumbent)} -> {percent(evidence.candidate)} on "
-        f"{evidence.num_devices} other devices, better on {evidence.wins}, paired difference "
-        f"{100 * evidence.mean_difference:+.1f} ± {100 * evidence.standard_error:.1f} points"
-    )
 
 
 @plan.command("push")
@@ -189,5 +139,6 @@ def read_bytes(path: Path) -> bytes:
 
 def register(app: typer.Typer) -> None:
     """Add `model` and `plan` to the command line."""
+    releases.register(model)
     app.add_typer(model, name="model")
     app.add_typer(plan, name="plan")

@@ -195,7 +195,7 @@ def _evaluate(
     if should_stop():
         return None
     update = trees.flatten({}, ())
-    metrics = paired(results, manifest.metrics[0])
+    metrics = paired(results, manifest.metrics[0], codec.clip_norm)
     return codec.encode(update, features.num_rows(rows), metrics, stream(seed, "rounding"))
 
 

@@ -43,11 +43,17 @@ from homespun.errors import InvalidConfig, NumericFailure
 
 Real: TypeAlias = npt.NDArray[np.float64]
 
+Shown: TypeAlias = bool | np.bool_ | npt.NDArray[np.bool_]
+
 Distances: TypeAlias = tuple[Real | float, Real | float, Real | float]
 """Count, total and total of squares of distances from the worst value."""
 
 SHARES: Real = np.geomspace(0.9, 0.01, 10)
 """What is staked, with equal weights: large shares see large differences early, small ones see small ones at all."""
+
+
+_NEAR = 4e-8
+"""Of the range: what is nearer to its ends is not told apart from them."""
 
 
 class Verdict(StrEnum):
@@ -58,11 +64,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Sums:
-    """Reports of one number by `count` devices: its sum, and the sum of its squares. Added in any order."""
+    """Reports of one number by `count` devices: its sum, and the sum of its squares. Added in any order.
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
+    In simulations arrays `[...]`, one entry for each release and look.
+    """
+
+    count: int | Real = 0
+    total: float | Real = 0.0
+    squares: float | Real = 0.0
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -113,25 +122,58 @@ class Gate:
 
     def judge(self, sums: Sums, control: Sums | None = None) -> Verdict:
         """The answer by now. To be acted upon at once: a later look may have lost what an earlier one had."""
-        low, high = self.interval(sums, control)
-        if low > self.at_least:
+        if self.shows_more(sums, control):
             return Verdict.PASS
+        over = sums.count >= self.most or self.shows_less(sums, control)
+        return Verdict.REJECT if over else Verdict.CONTINUE
+
+    def shows_more(self, sums: Sums, control: Sums | None = None) -> Shown:
+        """Whether the interval lies above `at_least`, `[...]`; quicker than the interval."""
+        return self._beyond(sums, control, self.at_least, upward=True)
+
+    def shows_less(self, sums: Sums, control: Sums | None = None) -> Shown:
+        """Whether it lies below `worthwhile`."""
         hoped = self.at_least if self.worthwhile is None else self.worthwhile
-        return Verdict.REJECT if high < hoped or sums.count >= self.most else Verdict.CONTINUE
+        return self._beyond(sums, control, -hoped, upward=False)
+
+    def _beyond(self, sums: Sums, control: Sums | None, than: float, *, upward: bool) -> Shown:
+        """Whether the mean, negated if not `upward`, is credibly above `than`."""
+        width = self._width
+        ours = self.distances(sums, upward=upward)
+        if control is None:
+            mean = than - (self.low if upward else -self.high) + self.step
+            wealth = log_wealth(*ours, max(mean, _NEAR * width))
+            possible = mean < width
+        else:
+            theirs = self.distances(control, upward=not upward)
+            difference = max(than, (_NEAR - 1) * width)
+            possible = difference < width
+            wealth = log_joint_wealth(ours, theirs, width, min(difference, (1 - _NEAR) * width))
+        shown: Shown = possible & (wealth >= self._log_limit)
+        return shown
 
     def _low_end(self, sums: Sums, control: Sums | None, *, upward: bool) -> float:
         """Of the interval; not `upward`: of that of the negated reports, minus the interval's high end."""
-        width, log_limit = self.high - self.low + 2 * self.step, log(2 / self.alpha)
-        ours = self.distances(sums, upward=upward)
+        width, ours = self._width, self.distances(sums, upward=upward)
         if control is None:
             edge = (self.low if upward else -self.high) - self.step
-            return edge + _boundary(lambda mean: log_wealth(*ours, mean), 0.0, width, log_limit)
+            return edge + _boundary(
+                lambda mean: log_wealth(*ours, mean), 0.0, width, self._log_limit
+            )
         theirs = self.distances(control, upward=not upward)
         return _boundary(
-            lambda by: log_joint_wealth(ours, theirs, width, by), -width, width, log_limit
+            lambda by: log_joint_wealth(ours, theirs, width, by), -width, width, self._log_limit
         )
 
-    def distances(self, sums: Sums, *, upward: bool) -> tuple[float, float, float]:
+    @property
+    def _width(self) -> float:
+        return self.high - self.low + 2 * self.step
+
+    @property
+    def _log_limit(self) -> float:
+        return log(2 / self.alpha)
+
+    def distances(self, sums: Sums, *, upward: bool) -> Distances:
         """Count, total and total of squares of the distances from the low end (`upward`) or from the high end.
 
         Rounding may have moved a report over the edge by a step, and its square may have lost one.
@@ -142,14 +184,16 @@ class Gate:
         lost = count * self.step * (1 + 2 * largest + self.step)
         squares = sums.squares + lost - 2 * sign * edge * sums.total + count * edge * edge
         slack = 1e-9 * count * largest
-        fits = -slack <= total <= count * (self.high - self.low + 2 * self.step) + slack
-        if not (count >= 0 and fits and isfinite(squares)):
+        fits = (-slack <= total) & (total <= count * self._width + slack) & np.isfinite(squares)
+        if not np.all(fits & (count >= 0)):
             raise NumericFailure(
                 "no reports within the bounds have this sum",
                 hint="were they clipped on the device?",
                 **asdict(sums),
             )
-        return float(count), max(total, 0.0), max(squares, total**2 / max(count, 1), 0.0)
+        total = np.maximum(total, 0.0)
+        squares = np.maximum(squares, total**2 / np.maximum(count, 1))
+        return np.asarray(count, np.float64), total, squares
 
 
 def log_wealth(
@@ -196,8 +240,8 @@ def log_joint_wealth(
 
 def _boundary(evidence: Callable[[Real], Real], low: float, high: float, limit: float) -> float:
     """The largest point of [low, high) up to which `evidence`, which falls, is at least `limit`; else `low`."""
-    for _ in range(3):  # to 300^-3 = 4e-8 of the range
-        points = np.linspace(low, high, 301)
+    for _ in range(6):  # to 18^-6 = 3e-8 of the range
+        points = np.linspace(low, high, 19)
         excluded = int(np.count_nonzero(evidence(points[1:-1]) >= limit))
         low, high = float(points[excluded]), float(points[excluded + 1])
     return low

@@ -54,8 +54,13 @@ def watched_names() -> tuple[str, ...]:
     )
 
 
-def paired(results: Sequence[Mapping[str, MetricSum]], primary: str) -> dict[str, MetricSum]:
-    """One device's evaluation of several checkpoints on the same held-out examples, ready to encode."""
+def paired(
+    results: Sequence[Mapping[str, MetricSum]], primary: str, clip: float
+) -> dict[str, MetricSum]:
+    """One device's evaluation of several checkpoints on the same held-out examples, ready to encode.
+
+    The difference counts as at most `clip`, up or down: what one device can say is bounded.
+    """
     sums = {
         f"{index}.{name}": value
         for index, result in enumerate(results)
@@ -63,6 +68,7 @@ def paired(results: Sequence[Mapping[str, MetricSum]], primary: str) -> dict[str
     }
     if len(results) > 1:
         difference = results[0][primary].mean - results[1][primary].mean
+        difference = max(-clip, min(clip, difference))
         sums["difference"] = MetricSum(difference, 1.0)
         sums["difference_squared"] = MetricSum(difference * difference, 1.0)
         sums["wins"] = MetricSum(float(difference > 0), 1.0)

@@ -93,9 +93,9 @@ class Criteria(Message, frozen=True, kw_only=True):
 class Encoding(Message, frozen=True, kw_only=True):
     """How a contribution becomes integers.
 
-    `bits`: of a main word; `clip_norm`: L2 bound of an update; `max_weight`: examples beyond which a device
-    weighs no more (0: every device weighs 1); `max_group`: most contributions in one sum; `rotation_seed`: of the
-    random rotation before rounding (null: none).
+    `bits`: of a main word; `clip_norm`: L2 bound of an update, of an evaluation the bound of a device's difference
+    between two models; `max_weight`: examples beyond which a device weighs no more (0: every device weighs 1);
+    `max_group`: most contributions in one sum; `rotation_seed`: of the random rotation before rounding (null: none).
     """
 
     bits: Bits = 16

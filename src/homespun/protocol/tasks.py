@@ -67,7 +67,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
     reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
     `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
-    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training; `watch`: of
+    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training;
+    `difference_clip`: of evaluate tasks, largest difference between two models that a device reports; `watch`: of
     evaluate tasks that ask how the model does that devices serve.
     """
 
@@ -92,6 +93,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     rotate: bool = True
     optimizer: OptimizerSpec = OptimizerSpec()
     seed: Count = 0
+    difference_clip: Annotated[float, Meta(gt=0, le=1)] = 0.1
     watch: Watch | None = None
 
     def validate(self) -> None:
@@ -110,6 +112,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             raise InvalidConfig(
                 "a training task starts from one checkpoint", got=len(self.checkpoints)
             )
+        if self.watch is not None and self.kind is not TaskKind.EVALUATE:
+            raise InvalidConfig("only an evaluation can watch a release", got=str(self.kind))
         if self.kind is TaskKind.ANALYZE:
             raise InvalidConfig("analyze tasks are not available yet", hint="use train or evaluate")
         if self.aggregation is Aggregation.SECURE:

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from homespun.protocol.group import GroupState
 from homespun.protocol.messages import Message, Name, Sha256, TaskKind
-from homespun.protocol.release import ReleaseState
+from homespun.protocol.release import Finding, ReleaseRequest, ReleaseState
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 
@@ -99,32 +99,59 @@ class CheckpointView(Message, frozen=True, kw_only=True):
 
 
 class Evidence(Message, frozen=True, kw_only=True):
-    """Paired comparison on other devices: candidate minus incumbent, primary metric, per device."""
+    """Paired comparison on other devices, primary metric.
+
+    `wins`: devices where the candidate was better; `candidate`, `incumbent`: their metric over all examples of all
+    devices; `difference`: what the gate makes of the differences of the devices.
+    """
 
     task_id: str
     metric: str
     num_devices: int
-    mean_difference: float
-    standard_error: float
     wins: int
     candidate: float
     incumbent: float
+    difference: Finding
+
+
+class ReleaseStep(Message, frozen=True, kw_only=True):
+    """One step of a release: where it led, when, why, and what was known then. `stage`: from 0."""
+
+    at: float
+    state: ReleaseState
+    stage: int
+    reason: str
+    findings: tuple[Finding, ...] = ()
 
 
 class ReleaseView(Message, frozen=True, kw_only=True):
-    """A release and why it is where it is."""
+    """A release and why it is where it is.
+
+    `sequence`: of its newest manifest; `fraction`: share of the devices that it was last published for; `held_from`:
+    where a person stopped it; `incumbent_id`: the release that it replaces; `since`: when it came here; `steps`:
+    how; `findings`: about its stage, so far; `evidence`: of its evaluation, so far. The last three are of a single
+    release only, lists leave them out.
+    """
 
     release_id: str
     population: Name
     slot: Name
     version: str
     state: ReleaseState
-    sequence: int | None = None
     plan_hash: Sha256
     checkpoint: Sha256
     created_at: float
+    since: float
+    request: ReleaseRequest
+    sequence: int | None = None
+    fraction: float | None = None
+    stage: int = 0
+    held_from: ReleaseState | None = None
+    incumbent_id: str | None = None
     reason: str = ""
     evidence: Evidence | None = None
+    findings: tuple[Finding, ...] = ()
+    steps: tuple[ReleaseStep, ...] = ()
 
 
 class PopulationView(Message, frozen=True, kw_only=True):

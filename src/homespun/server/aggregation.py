@@ -7,7 +7,7 @@ import hashlib
 from homespun.errors import NumericFailure
 from homespun.learning.algorithm import Algorithm
 from homespun.learning.contribution import Aggregate, ContributionCodec
-from homespun.learning.metrics import paired_names
+from homespun.learning.metrics import paired_names, watched_names
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.manifest import Manifest
 from homespun.protocol.frame import decode_contribution, frame_size, masked_frame_size
@@ -29,12 +29,14 @@ def round_seed(spec: TaskSpec, number: int, attempt: int) -> int:
 
 
 def encoding(spec: TaskSpec, manifest: Manifest, number: int, attempt: int) -> Encoding:
-    """How devices of a round attempt make integers. Evaluation carries metrics only, every device alike."""
+    """How devices of a round attempt make integers. Evaluation carries metrics only, every device alike; what it
+    clips is the difference of the two models on a device.
+    """
     train = spec.kind is TaskKind.TRAIN
     seed = round_seed(spec, number, attempt)
     return Encoding(
         bits=spec.bits,
-        clip_norm=manifest.clip_norm if train else 1.0,
+        clip_norm=manifest.clip_norm if train else spec.difference_clip,
         max_weight=manifest.max_weight if train else 0,
         max_group=spec.max_group,
         rotation_seed=derive_seed(seed, "rotation") if train and spec.rotate else None,
@@ -45,18 +47,24 @@ def contribution_codec(
     spec: TaskSpec, manifest: Manifest, number: int, attempt: int
 ) -> ContributionCodec:
     """The codec that both ends of a round attempt use."""
-    metrics = ("loss", *manifest.metrics)
     how = encoding(spec, manifest, number, attempt)
     train = spec.kind is TaskKind.TRAIN
     return ContributionCodec(
         dimension=manifest.num_parameters if train else 0,
         clip_norm=how.clip_norm,
         max_weight=how.max_weight,
-        metrics=metrics if train else paired_names(metrics, len(spec.checkpoints)),
+        metrics=_metric_names(spec, manifest),
         max_group=how.max_group,
         bits=how.bits,
         rotation_seed=how.rotation_seed,
     )
+
+
+def _metric_names(spec: TaskSpec, manifest: Manifest) -> tuple[str, ...]:
+    if spec.watch is not None:
+        return watched_names()
+    metrics = ("loss", *manifest.metrics)
+    return metrics if spec.kind is TaskKind.TRAIN else paired_names(metrics, len(spec.checkpoints))
 
 
 def report_size(spec: TaskSpec, codec: ContributionCodec) -> int:

@@ -96,6 +96,7 @@ class Board:
             min_group=spec.min_group,
             download_bytes=sum(self._blobs.size(h) for h in (spec.plan_hash, *checkpoints)),
             upload_bytes=report_size(spec, codec),
+            watch=spec.watch,
         )
         return manifest.format, offer
 

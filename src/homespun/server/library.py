@@ -66,6 +66,24 @@ class Library:
         """The arrays of a checkpoint."""
         return codec.decode_tree(bytes(self._blobs.get(address)))
 
+    def plan_bytes(self, plan_hash: Hash) -> bytes:
+        """The zip of a plan; no other blob. Raises `NotFound`."""
+        self.manifest(plan_hash)
+        return bytes(self._blobs.get(plan_hash))
+
+    def check(self, plan_hash: Hash, checkpoint: Hash) -> int:
+        """Look at a plan and its parameters once more, as far as that needs no runtime. Their bytes together.
+
+        Raises `PlanError` and its kinds for operators or graphs that no device takes and for files that are not what
+        their publisher signed, `ShapeMismatch` or `NumericFailure` for parameters that do not fit or are not finite.
+        """
+        packed = self.plan_bytes(plan_hash)
+        plan = Plan.read(packed)
+        plan.check_publishable()
+        plan.verify([self._keys.publisher_public])
+        plan.manifest.check_checkpoint(self.checkpoint(checkpoint))
+        return len(packed) + self._blobs.size(checkpoint)
+
     def checkpoint_bytes(self, address: Hash) -> bytes:
         """The file of a checkpoint; no other blob. Raises `NotFound`."""
         if not self._store.catalogue.has_checkpoint(address):

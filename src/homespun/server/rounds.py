@@ -115,7 +115,7 @@ class Scheduler:
                     }
             for release in self._desk.advance(now):
                 progress = True
-                topics.add(population_topic(release.population))
+                topics |= self._desk.topics(release)
         return topics
 
     def _attempt(self, record: RoundRecord, event: RoundEvent, now: float) -> bool:

@@ -91,6 +91,7 @@ class DeviceApi:
             Route("/v1/assignments/{id}/abort", self.abort, methods=["POST"]),
             Route("/v1/assignments/{id}", self.receipt, methods=["GET"]),
             Route("/v1/releases/{population}/{slot}", self.release, methods=["GET"]),
+            Route("/v1/releases/{population}/{slot}/deployed", self.deployed, methods=["GET"]),
         ]
 
     # --- joining ----------------------------------------------------------------------------------
@@ -322,13 +323,20 @@ class DeviceApi:
         )
 
     async def release(self, request: Request) -> Response:
+        return await self._manifest(request, for_all=False)
+
+    async def deployed(self, request: Request) -> Response:
+        return await self._manifest(request, for_all=True)
+
+    async def _manifest(self, request: Request, *, for_all: bool) -> Response:
         device, _ = await self._signed(request)
         population, slot = request.path_params["population"], request.path_params["slot"]
         require_member(device, population)
-        deployed = await asyncio.to_thread(self._home.store.releases.deployed, population, slot)
-        if deployed is None:
+        newest = self._home.store.releases.signed
+        signed = await asyncio.to_thread(newest, population, slot, for_all=for_all)
+        if signed is None:
             raise NotFound(f"nothing is released to slot {slot} of {population}")
-        return Response(deployed.signed, media_type="application/json")
+        return Response(signed, media_type="application/json")
 
     # --- shared -----------------------------------------------------------------------------------
 

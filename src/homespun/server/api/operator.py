@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -22,6 +23,7 @@ from homespun.errors import InvalidInput
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.package import MAX_PLAN_BYTES
 from homespun.protocol.messages import Message, Name, TaskKind, decode, encode
+from homespun.protocol.release import ReleaseRequest
 from homespun.protocol.tasks import TaskSpec, parse
 from homespun.protocol.views import (
     CheckpointView,
@@ -38,7 +40,7 @@ from homespun.server.api.problems import Problems, from_http, problem_response
 from homespun.server.api.requests import read_body
 from homespun.server.deployment import Deployment
 from homespun.server.notify import EVENTS, SCHEDULER, population_topic, round_topic
-from homespun.server.store.records import ReleaseRequest, TaskRecord
+from homespun.server.store.records import ReleaseRecord, TaskRecord
 
 MAX_EVENTS = 1000
 _BEARER = HTTPBearer(auto_error=False, description="The content of operator.token.")
@@ -93,6 +95,7 @@ class OperatorApi:
         )
         route("DELETE", "/populations/{name}/tokens/{token_id}", self.revoke_token)
         route("POST", "/plans", self.push_plan, takes=bytes, gives=Stored)
+        route("GET", "/plans/{address}", self.plan, gives=bytes)
         route("POST", "/checkpoints", self.push_checkpoint, takes=bytes, gives=Stored)
         route("GET", "/checkpoints/{address}", self.checkpoint, gives=bytes)
         route("GET", "/models", self.models, gives=list[CheckpointView])
@@ -104,6 +107,10 @@ class OperatorApi:
         route("GET", "/rounds", self.rounds, gives=list[RoundSummary])
         route("POST", "/releases", self.create_release, takes=ReleaseRequest, gives=ReleaseView)
         route("GET", "/releases", self.releases, gives=list[ReleaseView])
+        route("GET", "/releases/{release_id}", self.release, gives=ReleaseView)
+        route("POST", "/releases/{release_id}/hold", self.hold_release, gives=ReleaseView)
+        route("POST", "/releases/{release_id}/resume", self.resume_release, gives=ReleaseView)
+        route("POST", "/releases/{release_id}/roll-back", self.roll_back_release, gives=ReleaseView)
         route("GET", "/events", self.events, gives=list[Event])
         app.add_exception_handler(HTTPException, from_http)
         app.add_exception_handler(RequestValidationError, _bad_parameter)
@@ -154,6 +161,11 @@ class OperatorApi:
         """Publish a plan's zip; one without a signature is signed with the server's publisher key."""
         data = await read_body(request, MAX_PLAN_BYTES)
         return _json(await asyncio.to_thread(self._home.library.push_plan, data, self._now()))
+
+    async def plan(self, address: str) -> Response:
+        """A plan's zip."""
+        data = await asyncio.to_thread(self._home.library.plan_bytes, address)
+        return Response(data, media_type="application/zip")
 
     async def push_checkpoint(self, request: Request, plan_hash: str) -> Response:
         """Store parameters of a plan, a safetensors file."""
@@ -210,11 +222,32 @@ class OperatorApi:
     # --- releases and events ----------------------------------------------------------------------
 
     async def create_release(self, request: Request) -> Response:
-        """Release a checkpoint to a slot, if the evidence allows it."""
+        """Begin a release: it is checked, evaluated against what is served, and rolled out by stages."""
         message: ReleaseRequest = decode(await self._body(request), ReleaseRequest)
-        release = await asyncio.to_thread(self._home.desk.create, message, self._now())
-        await self._home.scheduler.publish(population_topic(release.population))
-        return _json(release.view)
+        return await self._released(self._home.desk.create, message, self._now())
+
+    async def release(self, release_id: str) -> Response:
+        """A release: where it is, how it came there, and what the devices say."""
+        return _json(await asyncio.to_thread(self._home.desk.view, release_id))
+
+    async def hold_release(self, release_id: str, reason: str = "") -> Response:
+        """Stop a release where it is; devices keep what they serve."""
+        return await self._released(self._home.desk.hold, release_id, self._now(), reason)
+
+    async def resume_release(self, release_id: str) -> Response:
+        """Go on with a release where it was held."""
+        return await self._released(self._home.desk.resume, release_id, self._now())
+
+    async def roll_back_release(self, release_id: str, reason: str = "") -> Response:
+        """Take a release back: devices return to the one before."""
+        return await self._released(self._home.desk.roll_back, release_id, self._now(), reason)
+
+    async def _released(self, act: Callable[..., ReleaseRecord], *args: Any) -> Response:
+        """Let the desk act, tell those who wait, and show what came of it."""
+        release = await asyncio.to_thread(act, *args)
+        await self._home.scheduler.settle()  # the rounds of its tasks
+        await self._home.scheduler.publish(*self._home.desk.topics(release))
+        return _json(await asyncio.to_thread(self._home.desk.view, release.release_id))
 
     async def releases(self) -> Response:
         """All releases, oldest first."""

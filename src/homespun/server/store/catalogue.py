@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable
 from sqlalchemy import Connection, insert, select
 
 from homespun.errors import InvalidConfig, NotFound
+from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import CheckpointView
 from homespun.server.store.database import Database
+from homespun.server.store.records import decode_spec
 from homespun.server.store.schema import checkpoints, grants, plans, rounds, tasks
 from homespun.types import Hash
 
@@ -92,6 +94,24 @@ class Catalogue:
                 )
                 for row in connection.execute(query)
             ]
+
+    def trained_by(self, checkpoint: Hash) -> list[TaskSpec]:
+        """The training tasks that led to this checkpoint, the last one first; none if it was pushed."""
+        found: dict[str, TaskSpec] = {}
+        newest = {checkpoint}
+        with self._database.read() as connection:
+            while newest:
+                query = (
+                    select(tasks.c.task_id, tasks.c.spec)
+                    .distinct()
+                    .join(rounds, rounds.c.task_id == tasks.c.task_id)
+                    .where(rounds.c.checkpoint.in_(newest), rounds.c.committed_at.is_not(None))
+                )
+                rows = [row for row in connection.execute(query) if row.task_id not in found]
+                specs = {row.task_id: decode_spec(row.spec) for row in rows}
+                found |= specs
+                newest = {spec.checkpoints[0] for spec in specs.values()}
+        return list(found.values())
 
     def may_download(self, populations: Collection[str], address: Hash) -> bool:
         """Whether one of `populations` was granted this blob."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 from sqlalchemy import Row
 
 from homespun.protocol.group import GroupState, GroupView
-from homespun.protocol.messages import Message, Name, Receipt, Sha256
-from homespun.protocol.release import ReleaseState
+from homespun.protocol.messages import Receipt
+from homespun.protocol.release import ReleaseRequest, ReleaseState
 from homespun.protocol.round import RoundState, RoundView
 from homespun.protocol.tasks import TaskSpec
-from homespun.protocol.views import Evidence, MetricView, ReleaseView, TaskState, TaskView
+from homespun.protocol.views import MetricView, ReleaseView, TaskState, TaskView
 from homespun.server.store.schema import tasks
 from homespun.types import Hash
 
@@ -55,6 +54,15 @@ class TaskRecord:
             head=self.head,
             reason=self.reason,
         )
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """A task to create. `chain`: the hash chain at its initial checkpoint."""
+
+    task_id: str
+    spec: TaskSpec
+    chain: Hash
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,51 +195,63 @@ class Trained:
     result: RoundResult
 
 
-class ReleaseRequest(Message, frozen=True, kw_only=True):
-    """What an operator asks to release. `margin`: how much worse than the incumbent it may be."""
-
-    population: Name
-    slot: Name
-    plan_hash: Sha256
-    checkpoint: Sha256
-    version: Annotated[str, Meta(min_length=1, max_length=100)]
-    evaluation_task_id: str | None = None
-    margin: Annotated[float, Meta(ge=0)] = 0.0
-
-
 @dataclass(frozen=True)
 class ReleaseRecord:
-    """A release with what only the server needs. `signed`: JSON of the SignedRelease, once deployed."""
+    """A release. `sequence`, `fraction`: of its newest manifest; `incumbent`: the release that it replaces."""
 
     release_id: str
-    population: str
-    slot: str
-    version: str
+    request: ReleaseRequest
     state: ReleaseState
-    sequence: int | None
-    plan_hash: Hash
-    checkpoint: Hash
-    evaluation_task_id: str | None
-    margin: float
+    held_from: ReleaseState | None
+    stage: int
+    since: float
+    incumbent_id: str | None
+    incumbent_checkpoint: Hash | None
     reason: str
-    evidence: Evidence | None
-    signed: bytes | None
+    sequence: int | None
+    fraction: float | None
     created_at: float
 
     @property
+    def evaluation_name(self) -> str:
+        """Of the server's own evaluation task. Devices remember names: none takes part twice in one release."""
+        return f"evaluate-{self.release_id}"
+
+    @property
+    def watch_name(self) -> str:
+        return f"watch-{self.release_id}"
+
+    def task(self, state: ReleaseState) -> TaskSpec | None:
+        """The task that runs while the release is in `state`."""
+        request = self.request
+        if state in (ReleaseState.CANARY, ReleaseState.RAMP):
+            return request.watch_task(self.watch_name, self.release_id)
+        if state is not ReleaseState.EVALUATING or request.evaluation_task_id is not None:
+            return None
+        if self.incumbent_checkpoint is None:
+            return None
+        return request.evaluation_task(self.evaluation_name, self.incumbent_checkpoint)
+
+    @property
     def view(self) -> ReleaseView:
+        request = self.request
         return ReleaseView(
             release_id=self.release_id,
-            population=self.population,
-            slot=self.slot,
-            version=self.version,
+            population=request.population,
+            slot=request.slot,
+            version=request.version,
             state=self.state,
-            sequence=self.sequence,
-            plan_hash=self.plan_hash,
-            checkpoint=self.checkpoint,
+            plan_hash=request.plan_hash,
+            checkpoint=request.checkpoint,
             created_at=self.created_at,
+            since=self.since,
+            request=request,
+            sequence=self.sequence,
+            fraction=self.fraction,
+            stage=self.stage,
+            held_from=self.held_from,
+            incumbent_id=self.incumbent_id,
             reason=self.reason,
-            evidence=self.evidence,
         )
 
 

@@ -237,19 +237,59 @@ releases = Table(
     _population(),
     Column("slot", NAME, nullable=False, comment="What the model is for."),
     Column("version", String(100), nullable=False, comment="A name for people."),
+    Column("request", Text, nullable=False, comment="What was asked for, JSON of ReleaseRequest."),
     Column("state", String(16), nullable=False, comment="See protocol.release."),
-    Column("sequence", Integer, comment="Grows with every manifest of a slot; null: none yet."),
-    Column("plan_hash", HASH, ForeignKey("plans.hash"), nullable=False, comment="What runs it."),
-    Column("checkpoint", HASH, nullable=False, comment="What it is."),
-    Column("evaluation_task_id", ID, ForeignKey("tasks.task_id"), comment="Where evidence is."),
-    Column("margin", Float, nullable=False, comment="How much worse than the incumbent it may be."),
+    Column("held_from", String(16), comment="Where it was when a person held it."),
+    Column("stage", Integer, nullable=False, comment="Which stage it is in, from 0."),
+    Column("since", Float, nullable=False, comment="When it came to this state and stage."),
+    Column(
+        "incumbent_id",
+        ID,
+        ForeignKey("releases.release_id"),
+        comment="What the slot served when it began, and what a rollback goes back to.",
+    ),
     Column("reason", Text, nullable=False, comment="Why it is where it is, for people."),
-    Column("evidence", Text, comment="JSON of Evidence."),
-    Column("signed", LargeBinary, comment="JSON of SignedRelease, as devices get it."),
     Column("created_at", Float, nullable=False, comment="Unix seconds."),
     UniqueConstraint("population", "slot", "version"),
-    UniqueConstraint("population", "slot", "sequence"),
-    comment="Model versions on their way to devices. Operators; devices the newest signed one.",
+    comment="Model versions on their way to devices. Operators.",
+)
+# At most one release on its way, and one that is deployed, whatever the code above this line believes.
+for _name, _states in {
+    "moving": "state NOT IN ('rejected', 'deployed', 'superseded', 'rolled_back')",
+    "deployed": "state = 'deployed'",
+}.items():
+    Index(
+        f"uq_releases_{_name}",
+        releases.c.population,
+        releases.c.slot,
+        unique=True,
+        sqlite_where=text(_states),
+        postgresql_where=text(_states),
+    )
+
+release_steps = Table(
+    "release_steps",
+    metadata,
+    Column("step_id", Integer, primary_key=True, comment="Order of happening."),
+    Column("release_id", ForeignKey("releases.release_id"), nullable=False, comment="Whose."),
+    Column("at", Float, nullable=False, comment="Unix seconds."),
+    Column("state", String(16), nullable=False, comment="Where it led."),
+    Column("stage", Integer, nullable=False, comment="Which stage, from 0."),
+    Column("reason", Text, nullable=False, comment="For people."),
+    Column("findings", Text, nullable=False, comment="The evidence for it, JSON of Finding."),
+    comment="Every step of every release with its evidence: totals over cohorts. Operators.",
+)
+
+manifests = Table(
+    "manifests",
+    metadata,
+    Column("population", NAME, primary_key=True, comment="Its population."),
+    Column("slot", NAME, primary_key=True, comment="What the model is for."),
+    Column("sequence", Integer, primary_key=True, comment="Only grows."),
+    Column("release_id", ForeignKey("releases.release_id"), nullable=False, comment="What."),
+    Column("fraction", Float, nullable=False, comment="Share of the devices that take it."),
+    Column("signed", LargeBinary, nullable=False, comment="JSON of SignedRelease."),
+    comment="What was published. Devices get the newest of a slot, and the newest for all of them.",
 )
 
 events = Table(
