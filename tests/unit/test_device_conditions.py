@@ -104,7 +104,7 @@ class Counting:
 
 
 def watch(source: Counting, clock: ManualClock, stop: Stop | None = None, **policy: bool) -> Watch:
-    return Watch(source, ("idle",), Policy(**policy), clock, stop or Stop(), START + 100)
+    return Watch(source, ("idle",), lambda: Policy(**policy), clock, stop or Stop(), START + 100)
 
 
 def test_work_stops_within_two_seconds_of_a_condition_ending():

@@ -198,6 +198,15 @@ class Journal:
             ).fetchone()
         return None if row[0] is None else int(row[0])
 
+    def last_at(self, task_name: str) -> float | None:
+        """When the device was last assigned to a round of this task that it took part in, in Unix seconds."""
+        with storage(self._path):
+            row = self._db.execute(
+                f"SELECT max(at) FROM participation WHERE task_name = ? AND {_COUNTED}",
+                (task_name,),
+            ).fetchone()
+        return None if row[0] is None else float(row[0])
+
     def was_assigned(self, offer: Offer) -> bool:
         """Whether this very round attempt has been tried, however it ended."""
         with storage(self._path):
@@ -236,6 +245,11 @@ class Journal:
             self._db.execute(
                 "INSERT OR REPLACE INTO refused_plan VALUES (?, ?, ?)", (plan_hash, reason, until)
             )
+
+    def reconsider_plans(self) -> None:
+        """Forget which plans were refused: the device's policy has changed."""
+        with self._transaction():
+            self._db.execute("DELETE FROM refused_plan")
 
     def plan_refusal(self, plan_hash: str, now: float) -> str | None:
         """Why the device refuses this plan, or None: it does not."""

@@ -27,10 +27,11 @@ from homespun.device.examples import open_examples
 from homespun.device.home import Home
 from homespun.device.journal import Journal
 from homespun.device.models import open_models
-from homespun.device.offers import Judge
+from homespun.device.offers import Judge, Reason, reasons_of
+from homespun.device.policy import CurrentPolicy
 from homespun.device.sealing import Seal
 from homespun.device.secure import MASK_INPUT, Member, Request
-from homespun.device.status import Board, Reason
+from homespun.device.status import Board
 from homespun.device.stopping import Stop, Stopped
 from homespun.device.work import Work, check_assignment
 from homespun.errors import (
@@ -47,7 +48,7 @@ from homespun.errors import (
     Unreachable,
     WeakTerms,
 )
-from homespun.protocol.eligibility import Conditions, unmet_conditions
+from homespun.protocol.eligibility import Conditions, check_conditions, check_population
 from homespun.protocol.messages import (
     Aggregation,
     Assigned,
@@ -109,8 +110,17 @@ class Runtime:
         self._seal = Seal(home.store_key_file)
         self._asked: Request | None = None  # by the group, in its last reply
         self._models = open_models(home, self._settings)
-        self._judge = Judge(self._settings, self._journal, self._examples)
-        self._board = Board(home, self._settings, self._journal, self._examples, self._models)
+        self._policy = CurrentPolicy(home, self._settings)
+        self._judge = Judge(self._settings.device_id, self._policy, self._journal, self._examples)
+        self._board = Board(
+            home,
+            self._settings,
+            self._journal,
+            self._examples,
+            self._models,
+            self._judge,
+            clock.now(),
+        )
         self._clean_at = 0.0
         self._session = self._journal.session() or self._new_session()
         if self._session.state in _BEFORE_INTENT:
@@ -153,7 +163,7 @@ class Runtime:
                 pause = self.step()
                 if pause > 0:
                     with self._stop.interruptible():
-                        self._clock.sleep(min(pause, LONGEST_PAUSE_S))
+                        self._policy.sleep(self._clock, min(pause, LONGEST_PAUSE_S))
         except Stopped:
             pass
         finally:
@@ -182,6 +192,9 @@ class Runtime:
         if now >= self._clean_at:
             self._clean_at = now + cleaning.EVERY_S
             self._tidy(now)
+        if self._policy.take_change():
+            self._journal.reconsider_plans()
+            self._board.refuse(self._unmet(CHECK_IN_REQUIRES))
         pause = self._journal.retry_at - now
         if not 0 < pause <= LONGEST_RETRY_S or self._session.state in _ENDED:
             pause = self._attempt()
@@ -315,7 +328,7 @@ class Runtime:
         select = store.training if offer.kind is TaskKind.TRAIN else store.held_out
         try:
             digest = self._work.perform(
-                select(now, offer.criteria.max_age_s), self._settings.seed, watch
+                select(now, offer.criteria.relevant), self._settings.seed, watch
             )
         except PlanError as error:
             return self._refuse_plan(error, until=None)
@@ -526,7 +539,7 @@ class Runtime:
     @property
     def _work(self) -> Work:
         directory = self._home.work / self._session.session_id
-        return Work(directory, self._assigned, self._trusted)
+        return Work(directory, self._assigned, self._trusted, self._policy().private_tensors)
 
     @property
     def _member(self) -> Member:
@@ -534,7 +547,7 @@ class Runtime:
             self._work,
             self._offer.task_name,
             self._session.digest,
-            self._settings.policy.min_group,
+            self._policy().min_group,
             self._connection.identity,
             self._seal,
         )
@@ -545,16 +558,17 @@ class Runtime:
 
     def _watch(self, requires: tuple[str, ...]) -> Watch:
         until = self._session.expires_at or float("inf")
-        policy = self._settings.policy
-        return Watch(self._conditions, requires, policy, self._clock, self._stop, until)
+        return Watch(self._conditions, requires, self._policy, self._clock, self._stop, until)
 
     def _read_conditions(self) -> Conditions:
         self._board.conditions = self._conditions.read(self._clock.now())
         return self._board.conditions
 
     def _unmet(self, requires: tuple[str, ...], task: str | None = None) -> tuple[Reason, ...]:
-        unmet = unmet_conditions(requires, self._read_conditions(), self._settings.policy)
-        return tuple(Reason(code=each.code, text=each.text, task=task) for each in unmet)
+        policy = self._policy()
+        served = check_population(policy, self._settings.population)
+        checks = check_conditions(requires, self._read_conditions(), policy)
+        return reasons_of((served, *checks), task)
 
     def _say(self, verdict: str) -> None:
         """Tell the person now: what follows may take a while."""
