@@ -161,7 +161,7 @@ class ExampleStore:
         self, examples: Iterable[Mapping[str, Any]], now: float, collection: str = "default"
     ) -> int:
         """Keep several examples, all or none; how many they were."""
-        rows, fields = [], self._fields(collection) or {}
+        rows, fields = [], self.declared(collection)
         for example in examples:
             plain = self._plain(example)
             _check_fields(example, fields)
@@ -205,6 +205,10 @@ class ExampleStore:
     def undecided(self, query: ExampleQuery) -> str:
         """Why it is unknown which examples match `query`; empty if it is known."""
         return undecided(query, self._fields(query.collection))
+
+    def declared(self, collection: str = "default") -> Fields:
+        """The fields that were declared; none for a collection that does not exist."""
+        return self._fields(collection) or {}
 
     def collections(self) -> list[Collection]:
         """What the store holds, by collection."""

@@ -52,6 +52,21 @@ def is_of(value: object, kind: FieldType) -> bool:
     return type(value) in _TYPES[kind]
 
 
+def parse_value(text: str, kind: FieldType) -> Value:
+    """A value of this type from what a person wrote. Raises `ValueError`."""
+    match kind:
+        case FieldType.TEXT:
+            return text
+        case FieldType.INTEGER:
+            return int(text)
+        case FieldType.NUMBER:
+            return float(text)
+        case FieldType.BOOLEAN:
+            if text.lower() not in ("yes", "true", "no", "false"):
+                raise ValueError(text)
+            return text.lower() in ("yes", "true")
+
+
 def undecided(query: ExampleQuery, fields: Fields | None) -> str:
     """Why a device with these fields in the query's collection (None: it has no such collection) cannot decide it.
 

@@ -85,6 +85,11 @@ _WORDS = {
 }
 
 
+def condition_in_words(name: str) -> str:
+    """To be read after "the device is"."""
+    return _WORDS.get(name, name)
+
+
 def refusals(checks: Iterable[Check]) -> tuple[Check, ...]:
     """Those that speak against taking part."""
     return tuple(check for check in checks if check.code)
@@ -99,7 +104,7 @@ def check_conditions(
         _rule("is_enabled", policy.is_enabled, "switched_off", f"taking part is switched {switch}")
     ]
     for name in requires:
-        holds, words = conditions.get(name), _WORDS.get(name, name)
+        holds, words = conditions.get(name), condition_in_words(name)
         match holds:
             case True:
                 code, text = "", f"the device is {words}"
@@ -189,8 +194,8 @@ def _check_policy(offer: Offer, policy: Policy, facts: Facts) -> Iterable[Check]
         "max_daily_bytes",
         facts.daily_bytes + more <= policy.max_daily_bytes,
         "daily_bytes",
-        f"{facts.daily_bytes} bytes moved in 24 hours and {more} to come; "
-        f"the policy allows {policy.max_daily_bytes}",
+        f"{facts.daily_bytes / 1e6:.1f} MB moved in 24 hours and {more / 1e6:.1f} MB to come; "
+        f"the policy allows {policy.max_daily_bytes / 1e6:.1f} MB",
     )
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import typer
 
-from homespun.cli.device import data, enroll, explain, predict, run
+from homespun.cli.device import add, data, enroll, explain, policy, predict, run
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(enroll.enroll)
-app.command()(data.add)
+app.command()(add.add)
+app.add_typer(data.app, name="data")
 app.command()(run.run)
 app.command()(explain.status)
+app.command()(explain.why)
 app.command("conditions")(explain.show_conditions)
+app.command()(policy.policy)
 app.command()(predict.predict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import typer
 
 from homespun.cli.device.options import DirOption
@@ -24,14 +25,16 @@ def enroll(
     seed: int | None = typer.Option(
         None, help="Make identity and training reproducible: for experiments only."
     ),
-    allow_plain: bool = typer.Option(
-        False, "--allow-plain", help="Accept tasks without secure aggregation."
+    allow_plain: bool | None = typer.Option(
+        None, "--allow-plain", help="Accept tasks without secure aggregation."
     ),
-    unknown_is_met: bool = typer.Option(
-        False, "--unknown-is-met", help="Count conditions that cannot be told as met."
+    unknown_is_met: bool | None = typer.Option(
+        None, "--unknown-is-met", help="Count conditions that cannot be told as met."
     ),
-    min_group: int = typer.Option(
-        10, min=1, help="Smallest group whose sum may be formed; never below 3 if secure."
+    min_group: int | None = typer.Option(
+        None,
+        min=1,
+        help="Smallest group whose sum may be formed, 10 at first; never below 3 if secure.",
     ),
     conditions: Path | None = typer.Option(
         None, help="JSON script of conditions, for experiments."
@@ -41,22 +44,31 @@ def enroll(
     ),
     poll_s: float = typer.Option(20.0, min=0, help="How long the server may hold an answer."),
 ) -> None:
-    """Make a directory a device of a population; again: with new settings, the same device."""
+    """Make a directory a device of a population; again: the same device with new settings, but its policy."""
     from homespun.clock import SystemClock
     from homespun.device.enrolment import enroll as enroll_device
     from homespun.device.home import Home, Settings
-    from homespun.protocol.eligibility import Policy
+    from homespun.device.policy import policy_of
     from homespun.protocol.pacing import TRANSIENT_ERROR
 
+    home = Home(directory)
+    told = {
+        "allow_plain": allow_plain,
+        "unknown_is_met": unknown_is_met,
+        "min_group": min_group,
+    }
+    policy = msgspec.structs.replace(
+        policy_of(home), **{name: value for name, value in told.items() if value is not None}
+    )
     settings = Settings(
         server=server.rstrip("/"),
         population=population,
-        policy=Policy(allow_plain=allow_plain, unknown_is_met=unknown_is_met, min_group=min_group),
+        policy=policy,
         conditions=_script(conditions) if conditions else None,
         transient_error=_window(retry_s) if retry_s else TRANSIENT_ERROR,
         poll_s=poll_s,
     )
-    enrolled = enroll_device(Home(directory), settings, token, SystemClock(), seed)
+    enrolled = enroll_device(home, settings, token, SystemClock(), seed)
     out.print(f"device {enrolled.device_id} of {population}, in {directory}", markup=False)
 
 

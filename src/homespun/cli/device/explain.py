@@ -1,4 +1,4 @@
-"""`homespun device status`, `conditions`: what the device does, and what it knows of itself."""
+"""`homespun device status`, `why`, `conditions`: what the device does, why, and what it knows of itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import typer
 
 from homespun.cli.device.options import DirOption, JsonOption
 from homespun.cli.output import out, print_json, print_table, size
+
+WORDS = {True: "yes", False: "no", None: "unknown"}
 
 
 def status(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
@@ -44,6 +46,28 @@ def status(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
     return print_table(("", ""), rows, "")
 
 
+def why(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
+    """Why the device does or does not take part: every condition, criterion and rule, as it is now."""
+    from homespun.clock import SystemClock
+    from homespun.device.home import Home
+    from homespun.device.why import explain
+
+    found = explain(Home(directory), SystemClock())
+    if as_json:
+        return print_json(found)
+    for line in found.text:
+        out.print(line, markup=False)
+    out.print(f"waiting for {found.waiting_for}", markup=False)
+    groups = [("", found.checks), *((task.task, task.checks) for task in found.tasks)]
+    rows = [
+        (task, check.name, WORDS[check.holds], check.text if check.code else f"({check.text})")
+        for task, checks in groups
+        for check in checks
+    ]
+    out.print()
+    return print_table(("task", "asked for", "", "because"), rows, "")
+
+
 def show_conditions(
     directory: Path = DirOption,
     record: Path | None = typer.Option(
@@ -70,8 +94,7 @@ def show_conditions(
         return print_json(
             {name: {"value": found[name], "from": source.origins.get(name)} for name in found}
         )
-    words = {True: "yes", False: "no", None: "unknown"}
-    rows = [(name, words[found[name]], source.origins.get(name, "nobody")) for name in found]
+    rows = [(name, WORDS[found[name]], source.origins.get(name, "nobody")) for name in found]
     print_table(("", "now", "says"), rows, "")
     if scripted:
         out.print("this device follows a script instead", markup=False)
