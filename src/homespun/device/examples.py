@@ -20,7 +20,7 @@ import msgspec
 
 from homespun.device.home import Home, Settings, remove, storage
 from homespun.device.matching import MATCHED, Matches
-from homespun.device.sealing import Seal
+from homespun.device.sealing import Seal, destroy_key
 from homespun.errors import InvalidConfig, InvalidExample
 from homespun.protocol.criteria import Fields, FieldType, is_of, undecided
 from homespun.protocol.messages import ExampleQuery, FieldName, Name
@@ -99,7 +99,7 @@ class ExampleStore:
         self._path, self._salt = path, salt
         self._share, self._limits = held_out_share, limits or Limits()
         if not key_path.exists():  # a new store, or the key was deleted: nothing readable is left
-            _remove(path)
+            forget(path, key_path)
         self._key_path, self._seal = key_path, Seal(key_path)
         with storage(path):
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
@@ -271,10 +271,8 @@ class ExampleStore:
 
     def forget(self) -> None:
         """Delete everything, the key first; the store is closed."""
-        with storage(self._key_path):
-            self._key_path.unlink(missing_ok=True)
         self.close()
-        _remove(self._path)
+        forget(self._path, self._key_path)
 
     def close(self) -> None:
         self._db.close()
@@ -371,6 +369,13 @@ def open_examples(home: Home, settings: Settings) -> ExampleStore:
     return ExampleStore(home.examples_file, home.store_key_file, salt)
 
 
+def forget(path: Path, key_path: Path) -> None:
+    """Delete a store that nobody has open, the key first: from then on the rest is noise."""
+    destroy_key(key_path)
+    for suffix in ("", "-journal"):
+        remove(path.with_name(path.name + suffix))
+
+
 def _bound(collection: str, added_at: float, held_out: bool) -> bytes:
     """What a sealed example cannot be separated from: a row moved to the other side does not open."""
     return f"{collection}/{added_at!r}/{int(held_out)}".encode()
@@ -389,8 +394,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, str | bytes | bool | int | float)
-
-
-def _remove(path: Path) -> None:
-    for suffix in ("", "-journal"):
-        remove(path.with_name(path.name + suffix))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from homespun.cli.device import add, data, enroll, explain, policy, predict, run
+from homespun.cli.device import add, data, enroll, explain, policy, predict, remains, run
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(enroll.enroll)
@@ -19,3 +19,5 @@ app.command()(explain.why)
 app.command("conditions")(explain.show_conditions)
 app.command()(policy.policy)
 app.command()(predict.predict)
+app.command()(remains.verify)
+app.command()(remains.forget)

@@ -75,7 +75,7 @@ def export(
         _known(store, collection)
         lines = (msgspec.json.encode(each) + b"\n" for each in store.stored(collection))
         if str(file) == "-":
-            sys.stdout.buffer.writelines(lines)
+            sys.stdout.writelines(line.decode() for line in lines)
             return
         try:
             with open(file, "xb", opener=_private) as target:
