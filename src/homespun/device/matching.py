@@ -42,7 +42,9 @@ class Matches:
     def update(self, query: ExampleQuery, held_out: bool) -> int:
         """Look at what was added to one side since the last time; the query's number in `matched`."""
         key = msgspec.json.encode((query.collection, query.where, held_out))
-        number, last = self._known.pop(key, None) or (next(self._numbers), 0)
+        if key not in self._known:
+            self._known[key] = (next(self._numbers), 0)
+        number, last = self._known.pop(key)
         while rows := self._after(last, query.collection, held_out):
             found = [
                 (number, row)

@@ -21,21 +21,22 @@ from homespun.device.home import Home, storage
 from homespun.device.journal import SCHEMA
 from homespun.device.models import CHECKPOINT_FILE, PLAN_FILE, POINTER_FILE, Models, open_models
 from homespun.device.status import read_status
-from homespun.protocol.messages import ReportState
-from homespun.protocol.session import Session, SessionState
+from homespun.protocol.session import Session
+from homespun.protocol.session import SessionState as S
 
 LOOKS = 3
 BETWEEN_S = 0.2
-COMPANIONS = ("-journal", "-wal", "-shm")
-"""What SQLite puts beside a database."""
 _RECORD = re.compile(rb'"session_id":"([^"]*)"')
-_HASH = re.compile(r"[0-9a-f]{64}")
-_IDLE = (
-    SessionState.WAITING,
-    SessionState.ELIGIBLE,
-    SessionState.CHECKED_IN,
-    SessionState.REJECTED,
-)
+_IN_SESSION = frozenset(S) - {S.WAITING, S.ELIGIBLE, S.CHECKED_IN, S.REJECTED}
+_NOT_OVER = {
+    "the assignment of a session that is over": """
+        SELECT session_id FROM participation
+        WHERE assignment_id IS NOT NULL AND outcome <> 'acknowledged' AND session_id <> ?""",
+    "something else than a hash of a session": """
+        SELECT session_id FROM participation WHERE session_id <> ?
+        AND plan_hash || coalesce(digest, '') || coalesce(checkpoint, '') GLOB '*[^0-9a-f]*'""",
+}
+"""What it means that one of these has an answer for sessions other than the one under way."""
 
 
 class Left(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -89,22 +90,26 @@ class _Look:
         self._num_rows = self._num_free_pages = 0
 
     def proof(self) -> Proof:
-        kept = self._session.session_id
-        work = self._home.work / kept
-        files = [path for path in self._home.root.rglob("*") if not _is_directory(path)]
-        aside = [path for path in files if work in path.parents]
-        for path in left_over(self._home, self._models, keep=kept):
+        home, kept = self._home, self._session.session_id
+        files = [path for path in home.root.rglob("*") if path.is_symlink() or not path.is_dir()]
+        aside = {path for path in files if kept and home.work / kept in path.parents}
+        for path in left_over(home, self._models, keep=kept):
             self._find(path, "a file that the device was writing, using or serving before")
-        for path in sorted(set(files) - set(aside)):
+        for path in sorted(set(files) - aside):
             if not self._is_known(path) and not self._is_found(path):
                 self._find(path, "not a file of the device")
-        self._databases()
+        for path in home.databases:
+            if path.exists():
+                try:
+                    self._database(path)
+                except sqlite3.Error as error:
+                    self._find(path, f"it cannot be read: {error}")
         return Proof(
             num_files=len(files) - len(aside),
             size_bytes=sum(_size(path) for path in files if path not in aside),
             num_rows=self._num_rows,
             num_free_pages=self._num_free_pages,
-            under_way="" if self._session.state in _IDLE else kept,
+            under_way=kept if self._session.state in _IN_SESSION else "",
             num_files_under_way=len(aside),
             left=tuple(sorted(set(self._left))),
         )
@@ -122,7 +127,7 @@ class _Look:
         if path.is_symlink():
             return False
         if path.parent == home.root:
-            beside = (Path(f"{each}{end}") for each in home.databases for end in COMPANIONS)
+            beside = (each for database in home.databases for each in _companions(database))
             return path in (*home.written_files, *home.databases, *beside)
         place = path.relative_to(home.root).parts
         if place[0] != home.models.name:
@@ -131,93 +136,84 @@ class _Look:
 
     # --- databases ----------------------------------------------------------------------------------------
 
-    def _databases(self) -> None:
-        for path in self._home.databases:
-            if path.exists():
-                try:
-                    self._raw(path)
-                    self._rows(path)
-                except sqlite3.Error as error:
-                    self._find(path, f"it cannot be read: {error}")
-
-    def _raw(self, path: Path) -> None:
-        """What is beside the rows: pages that are not in use, and records of sessions in any copy of a page."""
-        num_free, clean = free_pages(path.read_bytes())
+    def _database(self, path: Path) -> None:
+        num_free, is_clean = free_pages(path)
         self._num_free_pages += num_free
-        if not clean:
+        if not is_clean:
             self._find(path, "unused pages hold what was deleted")
-        if path == self._home.journal_file:
-            for file in (path, *(Path(f"{path}{end}") for end in COMPANIONS)):
-                data = file.read_bytes() if file.exists() else b""
-                sessions = {found.decode("ascii", "replace") for found in _RECORD.findall(data)}
-                for session in sorted(sessions - {self._session.session_id}):
-                    self._find(file, f"a record of session {session}")
-
-    def _rows(self, path: Path) -> None:
         is_journal = path == self._home.journal_file
         with _reading(path, is_held=is_journal and self._is_running) as db:
-            for (table,) in db.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table'"
-            ).fetchall():
+            tables = _tables(db)
+            for table in tables:
                 self._num_rows += db.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0]
-                if is_journal:
-                    self._journal_table(db, table)
+            if is_journal:
+                self._journal(db, tables)
 
-    def _journal_table(self, db: sqlite3.Connection, table: str) -> None:
-        """What the schema has and nothing else; no bytes; ids of open receipts only; hashes."""
-        path, expected = self._home.journal_file, _tables()
-        cursor = db.execute(f'SELECT * FROM "{table}"')
-        columns = [column for column, *_ in cursor.description]
-        if set(columns) - expected.get(table, set()):
-            self._find(path, f"a table that the journal does not have: {table}")
-        for row in cursor:
-            values = dict(zip(columns, row, strict=True))
-            if table == "session":
-                continue  # its record was looked for in the bytes of the file
-            if any(isinstance(value, bytes) for value in row):
-                self._find(path, f"bytes in {table}")
-            if table == "participation":
-                self._participation(values)
-
-    def _participation(self, row: dict[str, object]) -> None:
-        path, session = self._home.journal_file, row["session_id"]
-        is_open = row["outcome"] == ReportState.ACKNOWLEDGED or session == self._session.session_id
-        if row["assignment_id"] is not None and not is_open:
-            self._find(path, f"the assignment of session {session}, which is over")
-        for name in ("plan_hash", "digest", "checkpoint"):
-            if row[name] is not None and not _HASH.fullmatch(str(row[name])):
-                self._find(path, f"{name} of session {session} is not a hash")
+    def _journal(self, db: sqlite3.Connection, tables: dict[str, set[str]]) -> None:
+        """What the schema has and nothing else; and no record of another session, in any copy of a page."""
+        path, under_way = self._home.journal_file, self._session.session_id
+        with closing(sqlite3.connect(":memory:")) as empty:
+            empty.executescript(SCHEMA)
+            expected = _tables(empty)
+        for table, columns in tables.items():
+            if columns - expected.get(table, set()):
+                self._find(path, f"a table that the journal does not have: {table}")
+        for what, query in _NOT_OVER.items() if "participation" in tables else ():
+            for (session,) in db.execute(query, (under_way,)):
+                self._find(path, f"{what}: {session}")
+        for file in (path, *_companions(path)):
+            data = file.read_bytes() if file.exists() else b""
+            for session in set(_RECORD.findall(data)) - {under_way.encode()}:
+                self._find(file, f"a record of session {session.decode('ascii', 'replace')}")
 
 
-def free_pages(database: bytes) -> tuple[int, bool]:
-    """Pages on the free list of a database file, and whether nothing is left on them (SQLite file format, 1.5)."""
-    if not database:
-        return 0, True
-    page_bytes = int.from_bytes(database[16:18], "big")
-    page_bytes = 65_536 if page_bytes == 1 else page_bytes
-    pages = [database[at : at + page_bytes] for at in range(0, len(database), page_bytes)]
+def free_pages(database: Path) -> tuple[int, bool]:
+    """Pages on a database's free list, and whether nothing is left on them (SQLite's file format, section 1.5)."""
+    with database.open("rb") as file:
+        header = file.read(100)
+        size_bytes = int.from_bytes(header[16:18], "big")
+        size_bytes = 65_536 if size_bytes == 1 else size_bytes
 
-    def number(data: bytes, place: int) -> int:
-        return int.from_bytes(data[4 * place : 4 * place + 4], "big")
+        num_pages = database.stat().st_size // size_bytes if size_bytes else 0
 
-    trunk, seen, clean = number(database, 8), set[int](), True
-    while 0 < trunk <= len(pages) and trunk not in seen:
-        seen.add(trunk)
-        page = pages[trunk - 1]
-        places = range(2, page_bytes // 4)
-        clean &= all(number(page, place) <= len(pages) for place in places)  # numbers of pages only
-        for place in places[: number(page, 1)]:
-            leaf = number(page, place)
-            seen.add(leaf)
-            clean &= not any(pages[leaf - 1]) if 0 < leaf <= len(pages) else False
-        trunk = number(page, 0)
-    return len(seen), clean
+        def page(number: int) -> bytes:
+            """Empty where a damaged list leads out of the file."""
+            if not 0 < number <= num_pages:
+                return b""
+            file.seek((number - 1) * size_bytes)
+            return file.read(size_bytes)
+
+        trunk, num_free, is_clean = _number(header, 8), 0, True
+        while num_free < num_pages and (found := page(trunk)):
+            places = range(2, min(2 + _number(found, 1), size_bytes // 4))
+            leaves = [_number(found, place) for place in places]
+            is_clean &= not any(any(page(leaf)) for leaf in leaves)
+            num_free += 1 + len(leaves)
+            trunk = _number(found, 0)
+    return num_free, is_clean
+
+
+def _number(data: bytes, place: int) -> int:
+    return int.from_bytes(data[4 * place : 4 * place + 4], "big")
+
+
+def _tables(db: sqlite3.Connection) -> dict[str, set[str]]:
+    """Tables and their columns."""
+    names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    return {
+        name: {row[1] for row in db.execute(f'PRAGMA table_info("{name}")')} for (name,) in names
+    }
+
+
+def _companions(path: Path) -> tuple[Path, ...]:
+    """What SQLite puts beside a database."""
+    return tuple(Path(f"{path}{end}") for end in ("-journal", "-wal", "-shm"))
 
 
 def _session(home: Home) -> tuple[bool, Session]:
     """Whether a process runs the device, and the session under way: as the process says, or as the journal has it."""
     status = read_status(home)
-    nobody = Session(session_id="", population="", state=SessionState.WAITING, started_at=0.0)
+    nobody = Session(session_id="", population="", state=S.WAITING, started_at=0.0)
     if not home.journal_file.exists():
         return False, nobody
     try:
@@ -230,10 +226,10 @@ def _session(home: Home) -> tuple[bool, Session]:
             raise
     except (sqlite3.DatabaseError, msgspec.MsgspecError):
         return False, nobody  # damaged: that is found when it is read
-    if status is None or status.state not in list(SessionState):
+    if status is None or status.state not in list(S):
         return True, nobody
     return True, msgspec.structs.replace(
-        nobody, session_id=status.session_id, state=SessionState(status.state)
+        nobody, session_id=status.session_id, state=S(status.state)
     )
 
 
@@ -247,22 +243,6 @@ def _reading(path: Path, *, is_held: bool) -> Iterator[sqlite3.Connection]:
     how = "immutable=1" if is_held or not has_log else "mode=ro"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=0.2)) as db:
         yield db
-
-
-def _tables() -> dict[str, set[str]]:
-    """Tables and columns of a journal."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(SCHEMA)
-        names = [
-            row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        ]
-        return {
-            name: {row[1] for row in db.execute(f"PRAGMA table_info({name})")} for name in names
-        }
-
-
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _size(path: Path) -> int:
