@@ -56,6 +56,8 @@ PARTS = (
     messages.ReleaseNotice,
     messages.RetryWindow,
     messages.Criteria,
+    messages.ExampleQuery,
+    messages.Comparison,
     messages.Bucket,
     messages.Encoding,
     messages.Watch,
@@ -84,6 +86,8 @@ TASK = (
     tasks.GroupSpec,
     tasks.OptimizerSpec,
     messages.Criteria,
+    messages.ExampleQuery,
+    messages.Comparison,
     messages.Bucket,
     messages.RetryWindow,
     messages.Watch,
@@ -150,7 +154,11 @@ def type_in_words(info: types.Type) -> str:
         case types.DictType(value_type=value):
             return f"names to {type_in_words(value)}"
         case types.StrType(pattern=pattern, max_length=max_length):
-            patterns = {_pattern(messages.Name): "name", _pattern(messages.Sha256): "SHA-256"}
+            patterns = {
+                _pattern(messages.Name): "name",
+                _pattern(messages.Sha256): "SHA-256",
+                _pattern(messages.FieldName): "field name",
+            }
             word = patterns.get(pattern or "", "text")
             return f"{word}, at most {max_length} characters" if max_length else word
         case types.IntType(ge=low, le=high, lt=above):
@@ -167,6 +175,8 @@ def _between(
     """`word` with its bounds: `low` and `high` are allowed, `below` and `above` are not."""
     if high is not None and high >= _UNBOUNDED:
         high = None
+    if low is not None and low <= -_UNBOUNDED:
+        low = None
     least = f">= {low:g}" if low is not None else f"> {below:g}" if below is not None else ""
     most = f"<= {_plain(high)}" if high is not None else f"< {above:g}" if above is not None else ""
     if low is not None and high is not None:

@@ -48,8 +48,8 @@ def main() -> None:
                 break
             device.store.add({"text": note})
             print(f"   next: {suggestions(device, note)}", flush=True)
-        for reason in device.why():
-            print(f"The device does not take part: {reason.text}.")
+        for sentence in device.why().text:
+            print(f"The device: {sentence}.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def examples_for(device: Device, kind: TaskKind) -> Examples:
     """Those of its examples that the device would use for this."""
     store = open_examples(device.home, device.home.settings())
     select = store.training if kind is TaskKind.TRAIN else store.held_out
-    found = select(CLOCK.now(), None)
+    found = select(CLOCK.now())
     store.close()
     return found
 

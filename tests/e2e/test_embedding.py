@@ -20,6 +20,7 @@ from homespun.device.home import Home
 from homespun.device.status import read_status
 from homespun.errors import InvalidConfig, InvalidExample, NotAuthentic, NotFound
 from homespun.plan.initial import initial_checkpoint
+from homespun.protocol.eligibility import refusals
 from homespun.tensors.codec import encode_tree
 from tests.e2e.processes import ENVIRONMENT, POPULATION, Server, eventually
 
@@ -87,15 +88,15 @@ def test_importing_it_loads_nothing_heavy(tmp_path: Path):
 def test_storing_examples_loads_neither_onnx_runtime_nor_http(device: Device):
     program = (
         "import sys; from homespun.device import Device; device = Device(sys.argv[1])\n"
-        "device.store.add({'text': 'thank you'}); print(device.store.count(), device.status(), device.why()[0].code)\n"
+        "device.store.add({'text': 'thank you'}); print(device.store.count(), device.status(), device.why().state)\n"
         "print([m for m in ('onnxruntime', 'httpx') if m in sys.modules])"
     )
     command = [sys.executable, "-c", program, str(device._home.root)]
-    assert subprocess.check_output(command, text=True) == "1 None never_started\n[]\n"
+    assert subprocess.check_output(command, text=True) == "1 None stopped\n[]\n"
 
 
 def test_a_device_in_ten_lines(device: Device):
-    assert [reason.code for reason in device.why()] == ["never_started"]
+    assert not device.why().is_running
     with pytest.raises(NotFound):
         device.predict("thank you for the")
     device.start()
@@ -105,12 +106,14 @@ def test_a_device_in_ten_lines(device: Device):
     assert is_running(device)
     assert len(device.predict("thank you for the")) == 3
     assert device.predict("", 1, prefix="fi")[0].word == "fish"
-    eventually(lambda: not device.why(), "nothing speaks against it")
+    why = device.why()
+    assert why.is_running
+    assert not refusals(why.checks)
     assert device.store.add_many([{"text": "one"}, {"text": "two"}]) == 2
     assert device.store.count() == 3
     device.stop()
     assert not is_running(device)
-    assert [reason.code for reason in device.why()] == ["stopped"]
+    assert device.why().waiting_for.startswith("a process that runs the device")
     assert len(device.predict("thank you for the")) == 3
     device.start()  # and again
     eventually(lambda: state(device) != "stopped", "it runs again")
@@ -187,7 +190,7 @@ def test_the_example(server: Server, tmp_path: Path):
 
     first = run(*enrolment)
     assert first.count("next: no model yet") == 2
-    assert "The device does not take part: the device has not been started yet." in first
+    assert "The device: it has not checked in yet, so no task is known." in first
     home = Home(folder)
     settings = json.loads(home.settings_file.read_bytes()) | {"conditions": []}
     home.settings_file.write_text(json.dumps(settings))

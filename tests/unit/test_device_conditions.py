@@ -103,8 +103,11 @@ class Counting:
         return self.values
 
 
-def watch(source: Counting, clock: ManualClock, stop: Stop | None = None, **policy: bool) -> Watch:
-    return Watch(source, ("idle",), Policy(**policy), clock, stop or Stop(), START + 100)
+def watch(
+    source: Counting, clock: ManualClock, stop: Stop | None = None, *, unknown_is_met: bool = False
+) -> Watch:
+    policy = Policy(unknown_is_met=unknown_is_met)
+    return Watch(source, ("idle",), lambda: policy, clock, stop or Stop(), START + 100)
 
 
 def test_work_stops_within_two_seconds_of_a_condition_ending():

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from homespun.device.examples import ExampleStore, Limits
-from homespun.errors import InvalidExample, StorageFailure
+from homespun.device.matching import REMEMBERED
+from homespun.device.sealing import Seal
+from homespun.errors import InvalidConfig, InvalidExample, StorageFailure
+from homespun.protocol.messages import Comparison, ExampleQuery
 
 NOW = 1_700_000_000.0
 
@@ -81,7 +84,7 @@ def test_the_oldest_go_first(tmp_path: Path):
     store.add_many(texts(15)[8:], NOW)
     assert [e["text"] for e in store.training(NOW)] == [e["text"] for e in texts(15)[5:]]
     store.add({"text": "elsewhere"}, NOW, collection="other")
-    assert (store.count(NOW), store.count(NOW, collection="other")) == (10, 1)
+    assert (store.count(NOW), store.count(NOW, query=ExampleQuery(collection="other"))) == (10, 1)
     store.close()
 
 
@@ -99,7 +102,7 @@ def test_examples_expire(tmp_path: Path):
     store.add({"text": "old"}, NOW)
     store.add({"text": "new"}, NOW + 60)
     assert store.count(NOW + 90) == 2
-    assert store.training(NOW + 90, max_age_s=50.0) == [{"text": "new"}]
+    assert store.training(NOW + 90, ExampleQuery(max_age_s=50.0)) == [{"text": "new"}]
     assert store.training(NOW + 120) == [{"text": "new"}]
     store.expire(NOW + 120)
     store.close()
@@ -183,3 +186,128 @@ def test_a_full_disk_adds_nothing(store: ExampleStore):
     with pytest.raises(StorageFailure, match="full"):
         store.add_many(texts(5000), NOW)
     assert store.count(NOW) == 5
+
+
+# --- declared fields ------------------------------------------------------------------------------------
+
+
+FOUR_STARS = ExampleQuery(where=(Comparison(field="stars", op=">=", value=4),))
+
+
+def test_what_is_declared_can_be_asked_for(store: ExampleStore):
+    store.declare({"stars": "integer", "text": "text"})
+    store.add_many(({"text": f"n{n}", "stars": n % 6} for n in range(60)), NOW)
+    assert store.undecided(FOUR_STARS) == ""
+    training, held_out = store.training(NOW, FOUR_STARS), store.held_out(NOW, FOUR_STARS)
+    assert {example["stars"] for example in training} == {4, 5}
+    assert len(training) + len(held_out) == store.count(NOW, query=FOUR_STARS) == 20
+    assert store.count(NOW, False, FOUR_STARS) == len(training)
+
+
+def test_what_is_not_declared_is_unknown(store: ExampleStore):
+    store.add({"text": "x", "stars": 5}, NOW)
+    assert "not declared" in store.undecided(FOUR_STARS)
+    assert "no collection" in store.undecided(ExampleQuery(collection="reviews"))
+    store.add({"text": "x"}, NOW, "reviews")
+    assert store.undecided(ExampleQuery(collection="reviews")) == ""
+    with pytest.raises(InvalidExample, match="'stars' of an example is int"):
+        store.declare({"stars": "text"})
+    assert "not declared" in store.undecided(FOUR_STARS)
+
+
+def test_what_is_added_must_be_as_declared(store: ExampleStore):
+    store.declare({"stars": "integer", "score": "number", "seen": "boolean"})
+    store.add({"stars": 4, "score": 1, "seen": True, "other": "anything"}, NOW)
+    store.add({"score": 0.5}, NOW)
+    for wrong in ({"stars": 4.0}, {"stars": True}, {"score": "1"}, {"seen": 1}, {"stars": "4"}):
+        with pytest.raises(InvalidExample, match="of an example is") as caught:
+            store.add(wrong, NOW)
+        assert "declared" in caught.value.hint
+    assert store.count(NOW) == 2
+
+
+def test_declaring_again_replaces_and_is_kept(tmp_path: Path):
+    store = make(tmp_path)
+    store.declare({"a": "text", "b": "number"}, "reviews")
+    store.declare({"a": "text"}, "reviews")
+    store.close()
+    again = make(tmp_path)
+    (_, reviews) = again.collections()
+    assert (reviews.name, reviews.fields) == ("reviews", {"a": "text"})
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "collection"),
+    [({"a": "float"}, "default"), ({"a b": "text"}, "default"), ({"a": "text"}, "Not A Name")],
+)
+def test_what_cannot_be_declared(fields: dict[str, str], collection: str, store: ExampleStore):
+    with pytest.raises(InvalidConfig, match="cannot be declared"):
+        store.declare(fields, collection)
+
+
+def test_asking_again_opens_only_what_is_new(store: ExampleStore, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    unseal = Seal.unseal
+
+    def counted(seal: Seal, sealed: bytes, bound: bytes, where: Path) -> bytes:
+        opened.append(1)
+        return unseal(seal, sealed, bound, where)
+
+    store.declare({"stars": "integer"})
+    store.add_many(({"stars": n} for n in range(2_500)), NOW)
+    monkeypatch.setattr(Seal, "unseal", counted)
+    for expected in (2_500, 0):
+        opened.clear()
+        assert store.count(NOW, query=FOUR_STARS) == 2_496
+        assert len(opened) == expected
+    opened.clear()
+    store.add({"stars": 7}, NOW)
+    assert store.count(NOW, query=FOUR_STARS) == 2_497
+    assert len(opened) == 1
+    opened.clear()
+    assert store.count(NOW) == 2_501
+    assert opened == []
+
+
+def test_so_many_questions_are_remembered_and_no_more(store: ExampleStore):
+    store.declare({"stars": "integer"})
+    store.add_many(({"stars": n} for n in range(50)), NOW)
+    queries = [ExampleQuery(where=(Comparison(field="stars", op="<", value=n),)) for n in range(40)]
+    for _ in range(2):
+        assert [store.count(NOW, query=query) for query in queries] == list(range(40))
+    remembered = store._db.execute("SELECT count(DISTINCT query) FROM matched").fetchone()
+    assert remembered[0] <= REMEMBERED
+
+
+# --- looking and deleting -------------------------------------------------------------------------------
+
+
+def test_everything_can_be_looked_at(store: ExampleStore):
+    store.add_many(texts(3), NOW)
+    store.add({"text": "elsewhere"}, NOW + 5, "other")
+    newest, *rest = store.stored()
+    assert (newest.collection, newest.added_at, newest.example) == (
+        "other",
+        NOW + 5,
+        {"text": "elsewhere"},
+    )
+    assert [each.example for each in rest] == texts(3)[::-1]
+    assert [each.id for each in store.stored("other")] == [newest.id]
+    default, other = store.collections()
+    assert (default.name, default.num_examples, default.oldest_at) == ("default", 3, NOW)
+    assert (other.num_examples, other.newest_at) == (1, NOW + 5)
+
+
+def test_deleting(store: ExampleStore):
+    store.add_many(texts(5), NOW)
+    store.add_many(texts(5), NOW + 10, "other")
+    first = next(iter(store.stored("default"))).id
+    assert store.delete(ids=[first, 999]) == 1
+    assert store.delete(ids=[]) == 0
+    assert store.delete(before=NOW + 5, collection="other") == 0
+    assert store.delete(before=NOW + 5) == 4
+    assert store.delete(collection="other") == 5
+    store.add_many(texts(5), NOW)
+    assert store.delete() == 5
+    assert [each.num_examples for each in store.collections()] == [0, 0]

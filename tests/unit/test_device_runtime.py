@@ -449,7 +449,7 @@ def test_an_offer_for_others_is_not_claimed(device: Device, server: FakeServer):
     nobody = Bucket(salt="x", low=0.0, high=0.0)
     server.open_round(criteria=Criteria(min_examples=10_000, bucket=nobody))
     device.run_to(S.REJECTED)
-    assert [r.code for r in status(device).refusals] == ["not_in_bucket", "too_few_examples"]
+    assert [r.code for r in status(device).refusals] == ["too_few_examples", "not_in_bucket"]
     assert "POST /v1/claim" not in server.log
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from homespun.cli.service import unit_names
+from homespun.cli.device.service import unit_names
 from homespun.device.home import Home
 from homespun.errors import Conflict, InvalidConfig, NotFound
 from tests.unit.test_device_cli import enrolled, invoke

@@ -9,10 +9,20 @@ from homespun.protocol.eligibility import (
     CONDITIONS,
     Facts,
     Policy,
+    check_population,
+    duration,
     judge,
+    refusals,
     unmet_conditions,
 )
-from homespun.protocol.messages import Aggregation, Bucket, Criteria, Offer, TaskKind
+from homespun.protocol.messages import (
+    Aggregation,
+    Bucket,
+    Criteria,
+    ExampleQuery,
+    Offer,
+    TaskKind,
+)
 from homespun.protocol.selection import in_bucket
 
 OFFER = Offer(
@@ -30,15 +40,13 @@ OFFER = Offer(
 )
 GOOD = dict.fromkeys(CONDITIONS, True)
 POLICY = Policy(min_group=3, max_daily_participations=2, max_daily_bytes=5000)
-FACTS = Facts(
-    device_id="d1", num_examples=10, last_round=None, daily_participations=1, daily_bytes=4000
-)
+FACTS = Facts(device_id="d1", examples=(10,), daily_participations=1, daily_bytes=4000)
 OTHERS = Bucket(salt="s", low=0.0, high=0.5)
 assert not in_bucket(OTHERS, "d1")
 
 
 def codes(offer=OFFER, conditions=GOOD, policy=POLICY, facts=FACTS) -> list[str]:
-    return [refusal.code for refusal in judge(offer, conditions, policy, facts)]
+    return [check.code for check in refusals(judge(offer, conditions, policy, facts))]
 
 
 def with_criteria(**changes) -> Offer:
@@ -87,9 +95,9 @@ def test_buckets():
 
 
 def test_examples():
-    assert codes(facts=replace(FACTS, num_examples=9)) == ["too_few_examples"]
-    assert codes(facts=replace(FACTS, num_examples=None)) == ["unknown_examples"]
-    assert codes(with_criteria(min_examples=0), facts=replace(FACTS, num_examples=None)) == [
+    assert codes(facts=replace(FACTS, examples=(9,))) == ["too_few_examples"]
+    assert codes(facts=replace(FACTS, examples=("who knows",))) == ["unknown_examples"]
+    assert codes(with_criteria(min_examples=0), facts=replace(FACTS, examples=("who knows",))) == [
         "unknown_examples"
     ]
 
@@ -119,23 +127,79 @@ def test_the_daily_limits():
 
 
 def test_all_reasons_are_given_and_read_as_sentences():
-    refusals = judge(
+    found = judge(
         replace(OFFER, aggregation=Aggregation.PLAIN, min_group=1),
         {"idle": False},
         POLICY,
-        replace(FACTS, num_examples=0, daily_participations=9),
+        replace(FACTS, examples=(0,), daily_participations=9),
     )
-    assert [refusal.code for refusal in refusals] == [
-        "not_idle", "unknown_charging", "unknown_unmetered", "plain_aggregation", "small_group",
-        "too_few_examples", "daily_participations",
+    against = refusals(found)
+    assert [check.code for check in against] == [
+        "not_idle", "unknown_charging", "unknown_unmetered", "too_few_examples",
+        "plain_aggregation", "small_group", "daily_participations",
     ]  # fmt: skip
-    assert refusals[0].text == "the device is not idle"
-    assert refusals[5].text == "0 examples; the task needs 10"
+    assert against[0].text == "the device is not idle"
+    assert against[3].text == "0 relevant examples, the task needs 10"
 
 
 def test_conditions_alone():
-    refusals = unmet_conditions(("battery_ok", "cool"), {"battery_ok": False}, Policy())
-    assert [refusal.text for refusal in refusals] == [
-        "the device is not battery ok",
+    unmet = unmet_conditions(("battery_ok", "cool"), {"battery_ok": False}, Policy())
+    assert [check.text for check in unmet] == [
+        "the device is not charged enough",
         "cannot tell whether the device is cool",
     ]
+
+
+def test_time_must_lie_between():
+    daily = with_criteria(min_separation_s=86_400.0)
+    assert codes(daily) == []
+    assert codes(daily, facts=replace(FACTS, since_last_s=86_399.0)) == ["took_part_recently"]
+    assert codes(daily, facts=replace(FACTS, since_last_s=86_400.0)) == []
+
+
+def test_other_examples_must_be_there():
+    both = with_criteria(also=(ExampleQuery(collection="ratings", min_examples=5),))
+    assert codes(both, facts=replace(FACTS, examples=(10, 5))) == []
+    assert codes(both, facts=replace(FACTS, examples=(10, 4))) == ["too_few_examples"]
+    found = refusals(judge(both, GOOD, POLICY, replace(FACTS, examples=(10, "no such field"))))
+    assert [(check.name, check.holds, check.code) for check in found] == [
+        ("also", None, "unknown_examples")
+    ]
+    assert found[0].text.endswith("how many examples of ratings there are: no such field")
+
+
+def test_the_switch():
+    off = replace(POLICY, is_enabled=False)
+    assert codes(policy=off) == ["switched_off"]
+    assert [check.code for check in unmet_conditions((), {}, off)] == ["switched_off"]
+
+
+def test_the_populations_that_are_served():
+    assert check_population(POLICY, "any").code == ""
+    one = replace(POLICY, populations=("phones", "cars"))
+    assert check_population(one, "cars").code == ""
+    refused = check_population(one, "doors")
+    assert refused.code == "population_not_served"
+    assert refused.text == "the device is of doors; its policy serves phones, cars"
+
+
+def test_what_holds_is_explained_too():
+    checks = judge(with_criteria(bucket=Bucket(salt="s", low=0.5)), GOOD, POLICY, FACTS)
+    assert [(check.about, check.name, check.holds) for check in checks] == [
+        ("policy", "is_enabled", True),
+        *(("condition", name, True) for name in ("idle", "charging", "unmetered")),
+        ("criterion", "min_examples", True),
+        ("criterion", "bucket", True),
+        *(("policy", name, True) for name in ("min_group", "max_daily_participations")),
+        ("policy", "max_daily_bytes", True),
+    ]
+    assert checks[4].text == "10 relevant examples, the task needs 10"
+    unknown = judge(OFFER, {}, replace(POLICY, unknown_is_met=True), FACTS)[1]
+    assert (unknown.holds, unknown.code) == (None, "")
+    assert "counts that as met" in unknown.text
+
+
+def test_durations():
+    assert [duration(s) for s in (-1, 0.9, 59, 60, 3599, 7200, 86_400, 172_800)] == [
+        "0 s", "0 s", "59 s", "1 min", "59 min", "2 h", "24 h", "2 days",
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ again at least once a second, so that the device is the person's again within tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -92,7 +92,7 @@ class Watch:
         self,
         source: ConditionSource,
         requires: tuple[str, ...],
-        policy: Policy,
+        policy: Callable[[], Policy],
         clock: Clock,
         stop: Stop,
         until: float,
@@ -116,5 +116,5 @@ class Watch:
         if 0 <= now - self._measured_at < RECHECK_S:
             return ""
         self._measured_at = now
-        unmet = unmet_conditions(self._requires, self._source.read(now), self._policy)
+        unmet = unmet_conditions(self._requires, self._source.read(now), self._policy())
         return "; ".join(refusal.text for refusal in unmet)

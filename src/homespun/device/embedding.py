@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from homespun.device.examples import ExampleStore
     from homespun.device.home import Home, Settings
     from homespun.device.models import Models
-    from homespun.device.status import Reason, Status
+    from homespun.device.status import Status
+    from homespun.device.why import Why
     from homespun.plan.suggest import Suggestion
     from homespun.protocol.eligibility import Policy
 
@@ -143,19 +144,12 @@ class Device:
 
         return read_status(self._home)
 
-    def why(self) -> tuple[Reason, ...]:
-        """Why the device does not take part now; empty if nothing speaks against it.
+    def why(self) -> Why:
+        """Why the device does or does not take part, judged now: in words, and every condition, criterion and rule."""
+        from homespun.clock import SystemClock
+        from homespun.device.why import explain
 
-        Each reason has a stable `code`, a sentence, and the name of the `task` that it is about (None: of any).
-        """
-        from homespun.device.status import Reason
-
-        status = self.status()
-        if status is None:
-            return (Reason(code="never_started", text="the device has not been started yet"),)
-        if status.state == "stopped":
-            return (Reason(code="stopped", text="the device is stopped"),)
-        return status.refusals
+        return explain(self._home, SystemClock())
 
     def close(self) -> None:
         """Stop, and write down what was counted."""

@@ -4,20 +4,26 @@ Every example is sealed with AES-GCM under a key that lies outside the database:
 forgotten. Old examples expire; each collection has caps, oldest dropped first. A salted hash of its content
 puts an example among the held-out ones or not, once and for all, so that equal examples lie on one side
 and what a model is tested with was never trained on.
+
+An app may declare fields of a collection, with their types; only those can a task's criteria compare
+(`protocol.criteria`, `device.matching`).
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from homespun.device.home import Home, Settings, remove, storage
-from homespun.device.sealing import Seal
-from homespun.errors import InvalidExample
+from homespun.device.matching import MATCHED, Matches
+from homespun.device.sealing import Seal, destroy_key
+from homespun.errors import InvalidConfig, InvalidExample
+from homespun.protocol.criteria import Fields, FieldType, is_of, undecided
+from homespun.protocol.messages import ExampleQuery, FieldName, Name
 from homespun.rng import derive_seed, unit_interval
 from homespun.tensors.codec import digest
 
@@ -34,8 +40,13 @@ CREATE TABLE IF NOT EXISTS example (
     sealed BLOB NOT NULL                   -- nonce, AES-GCM of the MessagePack
 );
 CREATE INDEX IF NOT EXISTS example_order ON example (collection, held_out, id);
+CREATE TABLE IF NOT EXISTS collection (name TEXT PRIMARY KEY, fields TEXT NOT NULL);  -- declared ones, as JSON
+INSERT OR IGNORE INTO collection VALUES ('default', '{}');
 CREATE TABLE IF NOT EXISTS proof (sealed BLOB NOT NULL);  -- a known text: tells a wrong key at once
 """
+_ANY = ExampleQuery()
+_CHUNK = 1_000
+"""Examples that `stored` has in memory at once."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +56,28 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_examples: int = 100_000
     max_bytes: int = 64 * 2**20
     max_example_bytes: int = 256 * 2**10
+
+
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """An example as it lies in the store."""
+
+    id: int
+    collection: str
+    added_at: float
+    held_out: bool
+    example: dict[str, Any]
+
+
+class Collection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a collection holds: how many, of which held out, their size as plain MessagePack, and from when."""
+
+    name: str
+    fields: dict[str, FieldType]
+    num_examples: int
+    num_held_out: int
+    size_bytes: int
+    oldest_at: float | None
+    newest_at: float | None
 
 
 class ExampleStore:
@@ -66,7 +99,7 @@ class ExampleStore:
         self._path, self._salt = path, salt
         self._share, self._limits = held_out_share, limits or Limits()
         if not key_path.exists():  # a new store, or the key was deleted: nothing readable is left
-            _remove(path)
+            forget(path, key_path)
         self._key_path, self._seal = key_path, Seal(key_path)
         with storage(path):
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
@@ -76,6 +109,7 @@ class ExampleStore:
                 self._db.close()
                 raise
             path.chmod(0o600)
+            self._matches = Matches(self._db, self._open_example)
 
     def _open(self) -> None:
         self._db.execute("PRAGMA secure_delete = ON")
@@ -90,6 +124,32 @@ class ExampleStore:
             else:
                 self._seal.unseal(proof[0], b"proof", self._path)
 
+    def declare(self, fields: Mapping[str, str], collection: str = "default") -> None:
+        """Say which fields the examples of a collection have, by type: text, integer, number or boolean.
+
+        A task's criteria can compare these and no others. It replaces what was declared before, and binds
+        what is added from now on. Raises `InvalidConfig`, and `InvalidExample` if the store holds an example whose
+        field is of another type.
+        """
+        try:
+            name = msgspec.convert(collection, Name)
+            declared = msgspec.convert(dict(fields), dict[FieldName, FieldType])
+        except msgspec.ValidationError as error:
+            raise InvalidConfig(
+                f"the fields of {collection!r} cannot be declared: {error}",
+                hint="fields are plain names, their types " + ", ".join(FieldType),
+            ) from error
+        if declared == self._fields(name):
+            return
+        with storage(self._path), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for stored in self.stored(name):
+                _check_fields(stored.example, declared)
+            self._db.execute(
+                "INSERT OR REPLACE INTO collection VALUES (?, ?)",
+                (name, msgspec.json.encode(declared).decode()),
+            )
+
     def add(self, example: Mapping[str, Any], now: float, collection: str = "default") -> None:
         """Keep one example: a mapping of field names to text, numbers, booleans, bytes or lists of them.
 
@@ -101,14 +161,16 @@ class ExampleStore:
         self, examples: Iterable[Mapping[str, Any]], now: float, collection: str = "default"
     ) -> int:
         """Keep several examples, all or none; how many they were."""
-        rows = []
+        rows, fields = [], self.declared(collection)
         for example in examples:
             plain = self._plain(example)
+            _check_fields(example, fields)
             held_out = unit_interval(self._salt, digest(plain)) < self._share
             bound = _bound(collection, now, held_out)
             rows.append((collection, now, held_out, len(plain), self._seal.seal(plain, bound)))
         with storage(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("INSERT OR IGNORE INTO collection VALUES (?, '{}')", (collection,))
             self._db.executemany(
                 "INSERT INTO example (collection, added_at, held_out, size_bytes, sealed)"
                 " VALUES (?, ?, ?, ?, ?)",
@@ -124,40 +186,93 @@ class ExampleStore:
                 "DELETE FROM example WHERE added_at < ?", (now - self._limits.max_age_s,)
             )
 
-    def training(
-        self, now: float, max_age_s: float | None = None, collection: str = "default"
-    ) -> list[dict[str, Any]]:
-        """The examples to train on, in order of arrival; never a held-out one."""
-        return self._read(now, False, max_age_s, collection)
+    def training(self, now: float, query: ExampleQuery = _ANY) -> list[dict[str, Any]]:
+        """The examples to train on that match `query`, in order of arrival; never a held-out one."""
+        return self._read(now, False, query)
 
-    def held_out(
-        self, now: float, max_age_s: float | None = None, collection: str = "default"
-    ) -> list[dict[str, Any]]:
-        """The examples to evaluate on, in order of arrival; only held-out ones."""
-        return self._read(now, True, max_age_s, collection)
+    def held_out(self, now: float, query: ExampleQuery = _ANY) -> list[dict[str, Any]]:
+        """The examples to evaluate on that match `query`, in order of arrival; only held-out ones."""
+        return self._read(now, True, query)
 
-    def count(
-        self,
-        now: float,
-        held_out: bool | None = None,
-        max_age_s: float | None = None,
-        collection: str = "default",
-    ) -> int:
-        """Examples that `training` (`held_out` False), `held_out` (True) or both (None) would give."""
-        sides = (0, 1) if held_out is None else (int(held_out), int(held_out))
+    def count(self, now: float, held_out: bool | None = None, query: ExampleQuery = _ANY) -> int:
+        """Examples that `training` (`held_out` False), `held_out` (True) or both (None) would give.
+
+        Without comparisons this is one count of SQLite; with them see `device.matching`.
+        """
+        sides = (False, True) if held_out is None else (held_out,)
+        return sum(self._count(now, side, query) for side in sides)
+
+    def undecided(self, query: ExampleQuery) -> str:
+        """Why it is unknown which examples match `query`; empty if it is known."""
+        return undecided(query, self._fields(query.collection))
+
+    def declared(self, collection: str = "default") -> Fields:
+        """The fields that were declared; none for a collection that does not exist."""
+        return self._fields(collection) or {}
+
+    def collections(self) -> list[Collection]:
+        """What the store holds, by collection."""
         with storage(self._path):
-            row = self._db.execute(
-                "SELECT count(*) FROM example WHERE collection = ? AND held_out IN (?, ?) AND added_at >= ?",
-                (collection, *sides, self._oldest(now, max_age_s)),
-            ).fetchone()
-        return int(row[0])
+            rows = self._db.execute(
+                "SELECT name, fields, count(id), coalesce(sum(held_out), 0), coalesce(sum(size_bytes), 0),"
+                " min(added_at), max(added_at) FROM collection LEFT JOIN example ON collection = name"
+                " GROUP BY name ORDER BY name"
+            ).fetchall()
+        return [
+            Collection(
+                name=row[0],
+                fields=msgspec.json.decode(row[1], type=dict[str, FieldType]),
+                num_examples=row[2],
+                num_held_out=row[3],
+                size_bytes=row[4],
+                oldest_at=row[5],
+                newest_at=row[6],
+            )
+            for row in rows
+        ]
+
+    def stored(self, collection: str | None = None) -> Iterator[Stored]:
+        """Every example, opened, newest first; of one collection, or of all."""
+        last = 2**63 - 1
+        while True:
+            with storage(self._path):
+                rows = self._db.execute(
+                    "SELECT id, collection, added_at, held_out, sealed FROM example"
+                    " WHERE id < ? AND collection = coalesce(?, collection) ORDER BY id DESC LIMIT ?",
+                    (last, collection, _CHUNK),
+                ).fetchall()
+            for last, name, added_at, held_out, sealed in rows:
+                yield Stored(
+                    id=last,
+                    collection=name,
+                    added_at=added_at,
+                    held_out=bool(held_out),
+                    example=self._open_example(name, added_at, bool(held_out), sealed),
+                )
+            if len(rows) < _CHUNK:
+                return
+
+    def delete(
+        self,
+        *,
+        collection: str | None = None,
+        before: float | None = None,
+        ids: Iterable[int] | None = None,
+    ) -> int:
+        """Delete the examples for which all that is given holds (nothing: every one); how many they were."""
+        chosen = None if ids is None else msgspec.json.encode(sorted(set(ids))).decode()
+        with storage(self._path):
+            return self._db.execute(
+                "DELETE FROM example WHERE collection = coalesce(?1, collection)"
+                " AND added_at < coalesce(?2, 1e300)"
+                " AND (?3 IS NULL OR id IN (SELECT value FROM json_each(?3)))",
+                (collection, before, chosen),
+            ).rowcount
 
     def forget(self) -> None:
         """Delete everything, the key first; the store is closed."""
-        with storage(self._key_path):
-            self._key_path.unlink(missing_ok=True)
         self.close()
-        _remove(self._path)
+        forget(self._path, self._key_path)
 
     def close(self) -> None:
         self._db.close()
@@ -166,21 +281,48 @@ class ExampleStore:
         age = self._limits.max_age_s
         return now - (age if max_age_s is None else min(age, max_age_s))
 
-    def _read(
-        self, now: float, held_out: bool, max_age_s: float | None, collection: str
-    ) -> list[dict[str, Any]]:
+    def _fields(self, collection: str) -> Fields | None:
+        with storage(self._path):
+            row = self._db.execute(
+                "SELECT fields FROM collection WHERE name = ?", (collection,)
+            ).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=dict[str, FieldType])
+
+    def _count(self, now: float, held_out: bool, query: ExampleQuery) -> int:
+        condition, values = self._condition(now, held_out, query)
+        with storage(self._path):
+            row = self._db.execute(f"SELECT count(*) FROM example WHERE {condition}", values)
+            return int(row.fetchone()[0])
+
+    def _read(self, now: float, held_out: bool, query: ExampleQuery) -> list[dict[str, Any]]:
+        condition, values = self._condition(now, held_out, query)
         with storage(self._path):
             rows = self._db.execute(
-                "SELECT added_at, sealed FROM example"
-                " WHERE collection = ? AND held_out = ? AND added_at >= ? ORDER BY id",
-                (collection, held_out, self._oldest(now, max_age_s)),
+                f"SELECT added_at, sealed FROM example WHERE {condition} ORDER BY id", values
             ).fetchall()
         return [
-            msgspec.msgpack.decode(
-                self._seal.unseal(sealed, _bound(collection, added_at, held_out), self._path)
-            )
+            self._open_example(query.collection, added_at, held_out, sealed)
             for added_at, sealed in rows
         ]
+
+    def _condition(
+        self, now: float, held_out: bool, query: ExampleQuery
+    ) -> tuple[str, tuple[object, ...]]:
+        """The examples of one side that match `query`, as a condition of SQL and its values."""
+        condition = "collection = ? AND held_out = ? AND added_at >= ?"
+        values = (query.collection, held_out, self._oldest(now, query.max_age_s))
+        if not query.where:
+            return condition, values
+        with storage(self._path):
+            number = self._matches.update(query, held_out)
+        return f"{condition} AND {MATCHED}", (*values, number)
+
+    def _open_example(
+        self, collection: str, added_at: float, held_out: bool, sealed: bytes
+    ) -> dict[str, Any]:
+        bound = _bound(collection, added_at, held_out)
+        found: dict[str, Any] = msgspec.msgpack.decode(self._seal.unseal(sealed, bound, self._path))
+        return found
 
     def _plain(self, example: object) -> bytes:
         if not isinstance(example, Mapping) or not example:
@@ -227,17 +369,28 @@ def open_examples(home: Home, settings: Settings) -> ExampleStore:
     return ExampleStore(home.examples_file, home.store_key_file, salt)
 
 
+def forget(path: Path, key_path: Path) -> None:
+    """Delete a store that nobody has open, the key first: from then on the rest is noise."""
+    destroy_key(key_path)
+    for suffix in ("", "-journal"):
+        remove(path.with_name(path.name + suffix))
+
+
 def _bound(collection: str, added_at: float, held_out: bool) -> bytes:
     """What a sealed example cannot be separated from: a row moved to the other side does not open."""
     return f"{collection}/{added_at!r}/{int(held_out)}".encode()
+
+
+def _check_fields(example: Mapping[str, Any], fields: Fields) -> None:
+    for name, kind in fields.items():
+        if name in example and not is_of(example[name], kind):
+            raise InvalidExample(
+                f"field {name!r} of an example is {type(example[name]).__name__}",
+                hint=f"it is declared to be {kind}; leave it out where it has no value",
+            )
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, str | bytes | bool | int | float)
-
-
-def _remove(path: Path) -> None:
-    for suffix in ("", "-journal"):
-        remove(path.with_name(path.name + suffix))

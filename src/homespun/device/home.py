@@ -93,6 +93,11 @@ class Home:
         return self.root / "work"
 
     @property
+    def databases(self) -> tuple[Path, ...]:
+        """Of SQLite, which puts files of its own beside them."""
+        return (self.examples_file, self.journal_file)
+
+    @property
     def written_files(self) -> tuple[Path, ...]:
         """The files at the top that `write_atomically` replaces."""
         return (self.settings_file, self.identity_file, self.store_key_file, self.status_file)

@@ -2,7 +2,8 @@
 
 It holds the record of the session under way, the time to come back, what the device took part in (which
 its policy and the tasks' criteria ask about), receipts that are not final yet, plans that it refuses, and
-traffic per hour. When a session is CLEANED only hashes, the round and the outcome stay.
+traffic per hour. When a session is CLEANED only hashes, the round and the outcome stay, in the write-ahead log too:
+what is deleted is overwritten, and the log is emptied.
 
 The running device holds the journal exclusively: two processes can never be one device.
 """
@@ -24,7 +25,7 @@ from homespun.protocol.session import Session
 DAY_S = 86_400.0
 _HOUR_S = 3_600.0
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS session (           -- the session under way: at most one row
     id INTEGER PRIMARY KEY CHECK (id = 1),
     record BLOB NOT NULL                       -- protocol.session.Session as JSON
@@ -91,7 +92,7 @@ class Journal:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA secure_delete = ON")
-            self._db.executescript(_SCHEMA)
+            self._db.executescript(SCHEMA)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error):
                 raise _failure(self._path, error) from error
@@ -154,6 +155,7 @@ class Journal:
             self._db.execute("DELETE FROM session")
             if session.outcome != ReportState.ACKNOWLEDGED:
                 self._forget_assignment(session.session_id)
+        self._empty_log()
 
     # --- when to come back --------------------------------------------------------------------------------
 
@@ -190,6 +192,12 @@ class Journal:
                 (outcome, checkpoint, reason, session_id),
             )
             self._forget_assignment(session_id)
+        self._empty_log()
+
+    def _empty_log(self) -> None:
+        """SQLite's log shows what pages held before; nobody else reads the journal, so it can always go."""
+        with storage(self._path):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _forget_assignment(self, session_id: str) -> None:
         self._db.execute(
@@ -206,6 +214,15 @@ class Journal:
                 (task_name,),
             ).fetchone()
         return None if row[0] is None else int(row[0])
+
+    def last_at(self, task_name: str) -> float | None:
+        """When the device was last assigned to a round of this task that it took part in, in Unix seconds."""
+        with storage(self._path):
+            row = self._db.execute(
+                f"SELECT max(at) FROM participation WHERE task_name = ? AND {_COUNTED}",
+                (task_name,),
+            ).fetchone()
+        return None if row[0] is None else float(row[0])
 
     def was_assigned(self, offer: Offer) -> bool:
         """Whether this very round attempt has been tried, however it ended."""
@@ -255,6 +272,11 @@ class Journal:
             self._db.execute(
                 "INSERT OR REPLACE INTO refused_plan VALUES (?, ?, ?)", (plan_hash, reason, until)
             )
+
+    def reconsider_plans(self) -> None:
+        """Forget which plans were refused: the device's policy has changed."""
+        with self._transaction():
+            self._db.execute("DELETE FROM refused_plan")
 
     def plan_refusal(self, plan_hash: str, now: float) -> str | None:
         """Why the device refuses this plan, or None: it does not."""

@@ -27,10 +27,11 @@ from homespun.device.examples import open_examples
 from homespun.device.home import Home
 from homespun.device.journal import Journal
 from homespun.device.models import open_models
-from homespun.device.offers import Judge
+from homespun.device.offers import Judge, Reason, reasons_of
+from homespun.device.policy import CurrentPolicy
 from homespun.device.sealing import Seal
 from homespun.device.secure import MASK_INPUT, Member, Request
-from homespun.device.status import Board, Reason
+from homespun.device.status import Board
 from homespun.device.stopping import Stop, Stopped
 from homespun.device.watching import Watcher
 from homespun.device.work import Work, check_assignment
@@ -48,7 +49,7 @@ from homespun.errors import (
     Unreachable,
     WeakTerms,
 )
-from homespun.protocol.eligibility import Conditions, unmet_conditions
+from homespun.protocol.eligibility import Conditions, check_conditions, check_population
 from homespun.protocol.messages import (
     Aggregation,
     Assigned,
@@ -110,8 +111,19 @@ class Runtime:
         self._seal = Seal(home.store_key_file)
         self._asked: Request | None = None  # by the group, in its last reply
         self._models = open_models(home, self._settings)
-        self._judge = Judge(self._settings, self._journal, self._examples, self._models)
-        self._board = Board(home, self._settings, self._journal, self._examples, self._models)
+        self._policy = CurrentPolicy(home, self._settings)
+        self._judge = Judge(
+            self._settings.device_id, self._policy, self._journal, self._examples, self._models
+        )
+        self._board = Board(
+            home,
+            self._settings,
+            self._journal,
+            self._examples,
+            self._models,
+            self._judge,
+            clock.now(),
+        )
         self._clean_at = 0.0
         self._session = self._journal.session() or self._new_session()
         if self._session.state in _BEFORE_INTENT:
@@ -154,7 +166,7 @@ class Runtime:
                 pause = self.step()
                 if pause > 0:
                     with self._stop.interruptible():
-                        self._clock.sleep(min(pause, LONGEST_PAUSE_S))
+                        self._policy.sleep(self._clock, min(pause, LONGEST_PAUSE_S))
         except Stopped:
             pass
         finally:
@@ -184,6 +196,9 @@ class Runtime:
         if now >= self._clean_at:
             self._clean_at = now + cleaning.EVERY_S
             self._tidy(now)
+        if self._policy.take_change():
+            self._journal.reconsider_plans()
+            self._board.refuse(self._unmet(CHECK_IN_REQUIRES))
         pause = self._journal.retry_at - now
         if not 0 < pause <= LONGEST_RETRY_S or self._session.state in _ENDED:
             pause = self._attempt()
@@ -317,7 +332,7 @@ class Runtime:
         select = store.training if offer.kind is TaskKind.TRAIN else store.held_out
         try:
             digest = self._work.perform(
-                select(now, offer.criteria.max_age_s), self._settings.seed, watch
+                select(now, offer.criteria.relevant), self._settings.seed, watch
             )
         except PlanError as error:
             return self._refuse_plan(error, until=None)
@@ -529,7 +544,8 @@ class Runtime:
     def _work(self) -> Work:
         directory, watch = self._home.work / self._session.session_id, self._offer.watch
         watcher = Watcher(self._models, watch) if watch else None
-        return Work(directory, self._assigned, self._trusted, watcher)
+        private = self._policy().private_tensors
+        return Work(directory, self._assigned, self._trusted, private, watcher)
 
     @property
     def _member(self) -> Member:
@@ -537,7 +553,7 @@ class Runtime:
             self._work,
             self._offer.task_name,
             self._session.digest,
-            self._settings.policy.min_group,
+            self._policy().min_group,
             self._connection.identity,
             self._seal,
         )
@@ -548,16 +564,17 @@ class Runtime:
 
     def _watch(self, requires: tuple[str, ...]) -> Watch:
         until = self._session.expires_at or float("inf")
-        policy = self._settings.policy
-        return Watch(self._conditions, requires, policy, self._clock, self._stop, until)
+        return Watch(self._conditions, requires, self._policy, self._clock, self._stop, until)
 
     def _read_conditions(self) -> Conditions:
         self._board.conditions = self._conditions.read(self._clock.now())
         return self._board.conditions
 
     def _unmet(self, requires: tuple[str, ...], task: str | None = None) -> tuple[Reason, ...]:
-        unmet = unmet_conditions(requires, self._read_conditions(), self._settings.policy)
-        return tuple(Reason(code=each.code, text=each.text, task=task) for each in unmet)
+        policy = self._policy()
+        served = check_population(policy, self._settings.population)
+        checks = check_conditions(requires, self._read_conditions(), policy)
+        return reasons_of((served, *checks), task)
 
     def _say(self, verdict: str) -> None:
         """Tell the person now: what follows may take a while."""

@@ -12,11 +12,27 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from homespun.device.home import storage, write_atomically
+from homespun.device.home import storage, sync_directory, write_atomically
 from homespun.errors import StorageFailure
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
+
+
+def destroy_key(path: Path) -> None:
+    """Overwrite and delete a key; fine if there is none.
+
+    Flash memory writes elsewhere than where the old bytes are, and keeps those until it needs the place.
+    """
+    with storage(path):
+        if not path.exists():
+            return
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+        sync_directory(path.parent)
 
 
 class Seal:

@@ -15,19 +15,12 @@ from homespun.device.examples import ExampleStore
 from homespun.device.home import Home, Settings, storage_failure, write_atomically
 from homespun.device.journal import Journal, Participation
 from homespun.device.models import Models
+from homespun.device.offers import Judge, Offered, Reason
 from homespun.device.serving import PROBATION
 from homespun.errors import StorageFailure
 from homespun.protocol.eligibility import Conditions
 from homespun.protocol.session import Session
 from homespun.types import Hash
-
-
-class Reason(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the device does not take part: at all (`task` None), or in one task."""
-
-    code: str
-    text: str
-    task: str | None = None
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,20 +48,26 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: of the session machine, or `stopped`; `verdict`: one sentence; times are Unix seconds, sizes bytes."""
+    """`state`: of the session machine, or `stopped`; `verdict`: one sentence; `session_id`: names the files of the
+    session under way; `offered`: at the last check-in; times are Unix seconds, sizes bytes.
+    """
 
     device_id: str
     population: str
     server: str
+    started_at: float = 0.0
     updated_at: float
     state: str
     verdict: str
+    session_id: str = ""
     task: str | None = None
     round_number: int | None = None
     refusals: tuple[Reason, ...] = ()
     refusal_counts: dict[str, int] = {}
     conditions: Mapping[str, bool | None] = {}
     retry_at: float | None = None
+    checked_in_at: float | None = None
+    offered: tuple[Offered, ...] = ()
     num_sessions: int = 0
     sessions: tuple[Participation, ...] = ()
     served: dict[str, Served] = {}
@@ -90,15 +89,21 @@ class Board:
         journal: Journal,
         examples: ExampleStore,
         models: Models,
+        judge: Judge,
+        started_at: float,
     ) -> None:
         self._home, self._settings = home, settings
         self._journal, self._examples, self._models = journal, examples, models
+        self._judge, self._started_at = judge, started_at
         self._reasons: tuple[Reason, ...] = ()
         self._counts: Counter[str] = Counter()
         self.verdict = "starting"
         self.conditions: Conditions = {}
         self.release_problems: tuple[str, ...] = ()
         self.num_sessions = 0
+        with suppress(StorageFailure):  # `why` has an answer before the next check-in
+            if (last := read_status(home)) is not None:
+                judge.remember((each.offer for each in last.offered), last.checked_in_at)
 
     def refuse(self, reasons: tuple[Reason, ...]) -> None:
         """These reasons speak against taking part now; empty: none does. Counted when they change."""
@@ -116,15 +121,19 @@ class Board:
             device_id=self._settings.device_id,
             population=self._settings.population,
             server=self._settings.server,
+            started_at=self._started_at,
             updated_at=now,
             state=state or str(session.state),
             verdict=self.verdict,
+            session_id=session.session_id,
             task=session.offer.task_name if session.offer else None,
             round_number=session.offer.round_number if session.offer else None,
             refusals=self._reasons,
             refusal_counts=dict(self._counts),
             conditions=self.conditions,
             retry_at=retry_at if retry_at > now else None,
+            checked_in_at=self._judge.checked_in_at,
+            offered=self._judge.offered(now),
             num_sessions=self.num_sessions,
             sessions=tuple(self._journal.recent()),
             served=self._served(),

@@ -17,7 +17,6 @@ from homespun.errors import Conflict, NumericFailure
 from homespun.learning.metrics import MetricSum, watched_names
 from homespun.plan import features
 from homespun.plan.package import Plan
-from homespun.protocol.eligibility import Refusal
 from homespun.protocol.messages import Watch
 from homespun.protocol.selection import CONTROL, STAGE, arm
 from homespun.types import Tree
@@ -30,10 +29,9 @@ class Watcher:
     models: Models
     watch: Watch
 
-    def refusal(self) -> Refusal | None:
-        """Why this device has nothing to say of the release; None: it has."""
-        _, text = self._place(self.models.slots(self.watch.slot))
-        return Refusal(code="not_watched", text=text) if text else None
+    def refusal(self) -> str:
+        """Why this device has nothing to say of the release; empty: it has."""
+        return self._place(self.models.slots(self.watch.slot))[1]
 
     def _place(self, slots: Slots) -> tuple[str | None, str]:
         """The arm that the device is in, and why it has nothing to say (empty: it has)."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from homespun.device.home import storage, write_atomically
 from homespun.device.models import HEADER_BYTES, Fetch
 from homespun.device.watching import Watcher
-from homespun.errors import Conflict, NotAllowed, ProtocolError
+from homespun.errors import Conflict, NotAllowed, PlanError, ProtocolError
 from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.learning.metrics import paired, paired_names, watched_names
 from homespun.plan import features
@@ -33,13 +34,16 @@ Examples = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Work:
-    """One session's files and what they are for. `trusted`: raw keys of publishers whose plans may run; `watcher`: of
-    an evaluation of what the device serves, for which there is nothing to download.
+    """One session's files and what they are for.
+
+    `trusted`: raw keys of publishers whose plans may run; `private_tensors`: patterns of parameters that may not leave;
+    `watcher`: of an evaluation of what the device serves, for which there is nothing to download.
     """
 
     directory: Path
     assigned: Assigned
     trusted: tuple[bytes, ...]
+    private_tensors: tuple[str, ...] = ()
     watcher: Watcher | None = None
 
     @property
@@ -84,6 +88,7 @@ class Work:
         plan.verify(self.trusted)
         encoding = self.assigned.encoding
         if self.assigned.kind is TaskKind.TRAIN:
+            self._keep_private(plan.manifest)
             signed = (plan.manifest.clip_norm, plan.manifest.max_weight)
             if (encoding.clip_norm, encoding.max_weight) != signed:
                 raise NotAllowed(
@@ -93,6 +98,15 @@ class Work:
                     got=str((encoding.clip_norm, encoding.max_weight)),
                 )
         return plan
+
+    def _keep_private(self, manifest: Manifest) -> None:
+        for name, _ in manifest.shapes:
+            for pattern in self.private_tensors:
+                if fnmatchcase(name, pattern):
+                    raise PlanError(
+                        f"the plan trains and sends {name}, which the device's policy keeps private ({pattern})",
+                        hint="nothing was sent; homespun device policy shows the rule",
+                    )
 
     def checkpoint(self, index: int, manifest: Manifest) -> dict[str, FloatArray]:
         """A downloaded checkpoint. Raises `BadFrame`, `ShapeMismatch`, `NumericFailure`."""

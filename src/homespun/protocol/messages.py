@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -35,6 +35,9 @@ Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Bits = Annotated[int, Meta(ge=8, le=32)]
+FieldName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}\Z")]
+Whole = Annotated[int, Meta(ge=-(2**53) + 1, le=2**53 - 1)]
+Value = bool | Whole | float | Annotated[str, Meta(max_length=200)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,19 +78,61 @@ class Bucket(Message, frozen=True, kw_only=True):
     high: Share = 1.0
 
 
+class Comparison(Message, frozen=True, kw_only=True):
+    """One test of an example. An example without the field does not pass it, whatever the operator.
+
+    `field`: one that the device's app declared; `op`: how its value is compared, numbers by size and texts by code
+    point; `value`: what with, of the field's type; for `in` a list of them, one of which it must be.
+    """
+
+    field: FieldName
+    op: Literal["==", "!=", "<", "<=", ">", ">=", "in"]
+    value: Value | Annotated[tuple[Value, ...], Meta(min_length=1, max_length=100)]
+
+
+class ExampleQuery(Message, frozen=True, kw_only=True):
+    """Examples that a device must hold, and how many.
+
+    `collection`: where the app put them; `where`: they pass every one of these; `max_age_s`: they are newer than
+    this; `min_examples`: fewest that must be there.
+    """
+
+    collection: Name = "default"
+    where: Annotated[tuple[Comparison, ...], Meta(max_length=16)] = ()
+    max_age_s: Seconds | None = None
+    min_examples: Count = 1
+
+
 class Criteria(Message, frozen=True, kw_only=True):
     """What a device must hold and be; decided on the device, the answer is never sent.
 
     `requires`: conditions that must hold (see `protocol.eligibility`); `min_examples`: relevant examples in
-    the store; `max_age_s`: only examples newer than this; `min_separation_rounds`: rounds of this task that
-    must lie between two in which the device takes part; `bucket`: only these devices (null: all).
+    the store, of the side that the task works on; `collection`: only examples of this one are relevant; `where`:
+    only those that pass every one of these; `max_age_s`: only examples newer than this; `also`: other examples that
+    must be there, on either side, and are not worked on; `min_separation_rounds`: rounds of this task that must lie
+    between two in which the device takes part; `min_separation_s`: time since the last of them; `bucket`: only these
+    devices (null: all).
     """
 
     requires: tuple[str, ...] = ("idle", "charging", "unmetered")
     min_examples: Count = 1
+    collection: Name = "default"
+    where: Annotated[tuple[Comparison, ...], Meta(max_length=16)] = ()
     max_age_s: Seconds | None = None
+    also: Annotated[tuple[ExampleQuery, ...], Meta(max_length=8)] = ()
     min_separation_rounds: Count = 0
+    min_separation_s: Seconds = 0.0
     bucket: Bucket | None = None
+
+    @property
+    def relevant(self) -> ExampleQuery:
+        """The examples that the task works on."""
+        return ExampleQuery(
+            collection=self.collection,
+            where=self.where,
+            max_age_s=self.max_age_s,
+            min_examples=self.min_examples,
+        )
 
 
 class Encoding(Message, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from msgspec import Meta
 from homespun.errors import InvalidConfig
 from homespun.learning.contribution import MAX_GROUP, ContributionCodec
 from homespun.learning.optimizers import server_optimizer
+from homespun.protocol import criteria
 from homespun.protocol.eligibility import CONDITIONS
 from homespun.protocol.group import group_size
 from homespun.protocol.messages import (
@@ -125,6 +126,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
                 f"no device can measure the condition {unknown[0]!r}",
                 hint=f"one of: {', '.join(CONDITIONS)}",
             )
+        criteria.validate(self.criteria)
         bucket = self.criteria.bucket
         if bucket is not None and bucket.low >= bucket.high:
             raise InvalidConfig(

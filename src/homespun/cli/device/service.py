@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from homespun.cli.device.options import DirOption
 from homespun.cli.output import out
 from homespun.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from homespun.device.home import Settings
 
-DirOption = typer.Option(..., "--dir", envvar="HOMESPUN_DEVICE", help="The device's directory.")
 UnitsOption = typer.Option(
     None, "--user-unit-dir", help="Put the units here, and do not tell systemd: for packages."
 )
@@ -76,12 +76,6 @@ RandomizedDelaySec=5min
 [Install]
 WantedBy=timers.target
 """
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `homespun device`."""
-    app.command("install-service")(install_service)
-    app.command("uninstall-service")(uninstall_service)
 
 
 def install_service(

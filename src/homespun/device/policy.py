@@ -1,0 +1,145 @@
+"""The device's policy: in device.json, changed by the person at any time, heeded by the running device at once.
+
+Nothing that comes from a server is ever merged into it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgspec
+
+from homespun.clock import Clock
+from homespun.device.home import Home, Settings
+from homespun.device.journal import Journal
+from homespun.errors import Conflict, HomespunError, InvalidConfig
+from homespun.protocol.eligibility import Policy
+
+log = logging.getLogger(__name__)
+LOOK_EVERY_S = 0.5
+_WORDS = {"yes": True, "no": False, "true": True, "false": False, "on": True, "off": False}
+
+
+class CurrentPolicy:
+    """The policy as it is when asked: a look at the file's time. A file that cannot be read changes nothing."""
+
+    def __init__(self, home: Home, settings: Settings) -> None:
+        self._home, self._policy, self._heeded = home, settings.policy, settings.policy
+        self._seen: tuple[int, int, int] | None = None
+
+    def __call__(self) -> Policy:
+        with suppress(OSError):
+            found = self._home.settings_file.stat()
+            seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if seen != self._seen:
+                self._seen = seen
+                self._read()
+        return self._policy
+
+    def take_change(self) -> bool:
+        """Whether it is another one than when this was asked last."""
+        before, self._heeded = self._heeded, self()
+        return before != self._heeded
+
+    def sleep(self, clock: Clock, seconds: float) -> None:
+        """Sleep so long, or until the policy changes."""
+        until = clock.now() + seconds
+        while self() == self._heeded and (left := until - clock.now()) > 0:
+            clock.sleep(min(left, LOOK_EVERY_S))
+
+    def _read(self) -> None:
+        try:
+            self._policy = self._home.settings().policy
+        except HomespunError as error:
+            log.warning("the policy stays as it was: %s", error.message)
+
+
+def policy_of(home: Home) -> Policy:
+    """The policy of a directory, also of one that cannot be used or is no device yet; then the default."""
+
+    class _Settings(msgspec.Struct):
+        policy: Policy = Policy()
+
+    try:
+        return msgspec.json.decode(home.settings_file.read_bytes(), type=_Settings).policy
+    except (OSError, msgspec.MsgspecError):
+        return Policy()
+
+
+def set_policy(home: Home, assignments: Iterable[str]) -> Policy:
+    """Apply `NAME=VALUE`s, all or none; the new policy. Plans that were refused are looked at again.
+
+    Raises `InvalidConfig` naming the rule that does not exist or the value that it cannot have.
+    """
+    settings = home.settings()
+    changes = dict(_parsed(each) for each in assignments)
+    try:
+        policy = msgspec.convert({**msgspec.to_builtins(settings.policy), **changes}, Policy)
+    except msgspec.ValidationError as error:
+        raise InvalidConfig(
+            f"the policy cannot be changed so: {error}", hint="nothing was changed"
+        ) from error
+    home.write_settings(msgspec.structs.replace(settings, policy=policy))
+    with suppress(Conflict):  # a running device sees by itself that the policy is another one
+        journal = Journal(home.journal_file)
+        try:
+            journal.reconsider_plans()
+        finally:
+            journal.close()
+    return policy
+
+
+def _parsed(assignment: str) -> tuple[str, object]:
+    """The rule and its value as plain data. Lists are separated by commas; an empty one is nothing."""
+    name, equals, text = assignment.partition("=")
+    name, text = name.strip(), text.strip()
+    if not equals or name not in Policy.__struct_fields__:
+        raise InvalidConfig(
+            f"{assignment!r} sets no rule of the policy",
+            hint="write NAME=VALUE; rules are " + ", ".join(Policy.__struct_fields__),
+        )
+    default = getattr(Policy(), name)
+    if isinstance(default, bool):
+        if text.lower() not in _WORDS:
+            raise InvalidConfig(f"{name} is yes or no", got=text)
+        return name, _WORDS[text.lower()]
+    if isinstance(default, tuple):
+        return name, [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return name, type(default)(text)
+    except ValueError as error:
+        raise InvalidConfig(f"{name} is a number", got=text) from error
+
+
+def in_words(policy: Policy) -> list[tuple[str, str, str]]:
+    """(rule, its value as `set_policy` reads it, what that means) for every rule."""
+    p = policy
+    populations = ", ".join(p.populations) or "the one that it is enrolled in"
+    tensors = ", ".join(p.private_tensors)
+    meanings = {
+        "is_enabled": "takes part when it can" if p.is_enabled else "never contacts the server",
+        "populations": f"serves {populations}",
+        "allow_plain": "takes part without secure aggregation, too: the server then reads its updates"
+        if p.allow_plain
+        else "takes part in secure aggregation only",
+        "min_group": f"is only part of sums over {p.min_group} devices or more",
+        "private_tensors": f"never sends {tensors}"
+        if tensors
+        else "sends any parameter of a model",
+        "unknown_is_met": "counts a condition that cannot be told as "
+        + ("met" if p.unknown_is_met else "not met"),
+        "max_daily_participations": f"takes part at most {p.max_daily_participations} times in 24 hours",
+        "max_daily_bytes": f"moves at most {p.max_daily_bytes / 1e6:g} MB in 24 hours",
+    }
+    return [
+        (name, _written(getattr(p, name)), meanings.get(name, ""))
+        for name in Policy.__struct_fields__
+    ]
+
+
+def _written(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
