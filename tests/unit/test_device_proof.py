@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -47,9 +48,11 @@ def found(home: Home) -> list[tuple[str, str]]:
     return [(each.path, each.what) for each in verify(home, ManualClock()).left]
 
 
-@pytest.fixture
-def life(device: Device, server: FakeServer) -> Home:
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A device that took part, serves a release, and was stopped."""
+    server = FakeServer(ManualClock())
+    device = Device(tmp_path_factory.mktemp("lived") / "device", server)
     server.open_round()
     device.run_session()
     server.states[ASSIGNMENT] = Receipt(
@@ -59,8 +62,13 @@ def life(device: Device, server: FakeServer) -> Home:
     server.release(KEYBOARD, FIRST, 1)
     device.run_to(S.REJECTED)
     device.runtime.close()
-    device.kill()
-    return device.home
+    return device.home.root
+
+
+@pytest.fixture
+def life(lived: Path, tmp_path: Path) -> Home:
+    """A copy of it to spoil."""
+    return Home(shutil.copytree(lived, tmp_path / "device"))
 
 
 # --- nothing is left ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A device is a directory. This is the only place that knows where things lie in it.
 
-    device.json     settings, written once by enrolling        identity.key    Ed25519, 0600
+    device.json     settings and the person's policy           identity.key    Ed25519, 0600
     examples.db     the private store, encrypted               store.key       its key, 0600
     journal.db      what must survive a crash                  status.json     what a person may read
     models/         what is served                             work/<session>/ training files

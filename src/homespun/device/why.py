@@ -181,12 +181,10 @@ def _waiting_for(why: Why, now: float) -> str:
     against = refusals(why.checks)
     if not why.is_running:
         return "a process that runs the device: homespun device run"
-    if any(check.about == "policy" for check in against) and why.state not in _IN_SESSION:
+    if any(check.about == "policy" for check in against):
         return "its person: homespun device policy"
     if against:
-        return "the device to be " + " and ".join(
-            condition_in_words(check.name) for check in against if check.about == "condition"
-        )
+        return "the device to be " + " and ".join(condition_in_words(each.name) for each in against)
     if why.retry_at is not None:
         return f"the next check-in, in {duration(why.retry_at - now)}"
     if why.state in _IN_SESSION:
