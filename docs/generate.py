@@ -20,7 +20,7 @@ from msgspec import inspect as types
 from homespun import errors
 from homespun.learning import contribution, fedavg, fedopt
 from homespun.learning.optimizers import ServerOptimizer
-from homespun.protocol import frame, messages, signing, tasks
+from homespun.protocol import frame, messages, release, signing, tasks
 from homespun.protocol.group import GROUP
 from homespun.protocol.machine import Machine
 from homespun.protocol.release import RELEASE
@@ -91,6 +91,20 @@ TASK = (
     messages.Bucket,
     messages.RetryWindow,
     messages.Watch,
+)
+
+RELEASE_REQUEST = (
+    release.ReleaseRequest,
+    release.EvaluationSpec,
+    release.Stage,
+    release.WatchSpec,
+    release.Reports,
+    release.Limits,
+    release.Trial,
+    tasks.GroupSpec,
+    messages.Criteria,
+    messages.Bucket,
+    messages.RetryWindow,
 )
 
 COMMON = {
@@ -350,9 +364,23 @@ def task_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def release_page() -> str:
+    lines = [
+        "# Release descriptions",
+        "",
+        "What an operator asks for with `POST /v1/operator/releases`; with `model release --terms FILE` as TOML,",
+        "without what the command names itself. A field that is not listed here is refused. What it all means is",
+        "in [releases.md](../releases.md).",
+        "",
+        records(RELEASE_REQUEST, "##"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/errors.md": errors_page,
     "reference/task.md": task_page,
+    "reference/release.md": release_page,
     "protocol.md": protocol_page,
 }
 

@@ -6,9 +6,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import httpx
 import msgspec
 import pytest
 
+from homespun.cli.client import OperatorClient
+from homespun.cli.releases import follow_evaluation, follow_release
 from homespun.errors import Conflict, InvalidConfig, NotFound
 from homespun.learning.evidence import Verdict
 from homespun.protocol.messages import Aggregation, Bucket, Criteria, ReleaseNotice, TaskKind
@@ -20,7 +23,7 @@ from homespun.protocol.release import (
     WatchSpec,
 )
 from homespun.protocol.tasks import GroupSpec
-from homespun.protocol.views import ReleaseView, TaskView
+from homespun.protocol.views import Event, ReleaseView, TaskView
 from homespun.server.releases import ReleaseDesk
 from tests.fleet.device import POPULATION
 from tests.fleet.served import PATH, Model, Serving, fetch, follow, serve, show, take_part
@@ -280,6 +283,48 @@ def test_a_release_whose_own_task_is_stopped_is_held(shipped):
     view = show(world, release)
     assert view.state == "held"
     assert view.reason == f"its task watch-{release.release_id} was stopped"
+
+
+class Operator(OperatorClient):
+    """The command line's client in this world, where devices live while it waits for events."""
+
+    def __init__(self, world, devices):
+        self.url, self._world, self._devices = "http://homespun", world, devices
+        token = world.deployment.keys.operator_token
+        self._http = httpx.Client(
+            transport=world.transport,
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+        )
+
+    def events(self, after: int, wait_s: float) -> list[Event]:
+        if not take_part(self._world, self._devices):
+            self._world.pass_time(6 * 3600.0)
+        return super().events(after, 0.0)
+
+
+def test_the_command_line_follows_a_release(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms())
+    steps = [step for _, step in follow_release(Operator(world, devices), release.release_id)]
+    assert [str(step.state) for step in steps] == [
+        "checked", "evaluating", "passed", "canary", "ramp", "deployed",
+    ]  # fmt: skip
+    assert steps == list(show(world, release).steps)
+
+
+def test_the_command_line_evaluates_until_it_is_decided(shipped):
+    world, plan, (good, better, *_), devices = shipped
+    asked = msgspec.convert(
+        {"population": POPULATION, "slot": "default", "plan_hash": plan, "checkpoint": better,
+         "version": "x", **terms()}, ReleaseRequest,
+    )  # fmt: skip
+    client = Operator(world, devices)
+    task = client.create_task(asked.evaluation_task("compare", good))
+    found = list(follow_evaluation(client, task.task_id, asked.evaluation, asked.alpha))
+    assert [each.reported.num_devices for each in found] == [10, 20]
+    assert [each.verdict for each in found] == [Verdict.CONTINUE, Verdict.PASS]
+    assert client.task(task.task_id).state == "stopped"
 
 
 # --- What must hold -----------------------------------------------------------------------------------

@@ -24,9 +24,7 @@ TOLERANCE = 1e-3
 
 def try_out(plan: Plan, checkpoint: dict[str, FloatArray]) -> Trial:
     """Predict on zeros. Raises `PlanError`, `ShapeMismatch` or `NumericFailure` for a model that cannot be served."""
-    import onnxruntime
-
-    from homespun.plan.engine import Predictor
+    from homespun.plan.engine import RUNTIME, Predictor  # loads ONNX Runtime
 
     plan.manifest.check_checkpoint(checkpoint)
     zeros = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in plan.manifest.predict_inputs}
@@ -41,7 +39,7 @@ def try_out(plan: Plan, checkpoint: dict[str, FloatArray]) -> Trial:
         predictor.predict(zeros)
         times.append(time.perf_counter() - start)
     return Trial(
-        runtime=f"onnxruntime {onnxruntime.__version__}",
+        runtime=RUNTIME,
         latency_s=median(times),
         outputs={name: _sample(values) for name, values in outputs.items()},
     )

@@ -98,6 +98,9 @@ class Evaluator:
         return _sums(dict(zip(self._names, outputs, strict=True)))
 
 
+RUNTIME = f"onnxruntime {ort.__version__}"
+
+
 class Predictor:
     """The predict graph of one plan at one checkpoint; the graph's batch is 1."""
 
