@@ -127,13 +127,13 @@ class ExampleStore:
     def training(
         self, now: float, max_age_s: float | None = None, collection: str = "default"
     ) -> list[dict[str, Any]]:
-        """The examples to train on, in order of arrival; never a held-out one."""
+        """The examples there were to train on at `now`, in order of arrival; never a held-out one."""
         return self._read(now, False, max_age_s, collection)
 
     def held_out(
         self, now: float, max_age_s: float | None = None, collection: str = "default"
     ) -> list[dict[str, Any]]:
-        """The examples to evaluate on, in order of arrival; only held-out ones."""
+        """The examples there were to evaluate on at `now`, in order of arrival; only held-out ones."""
         return self._read(now, True, max_age_s, collection)
 
     def count(
@@ -172,8 +172,10 @@ class ExampleStore:
         with storage(self._path):
             rows = self._db.execute(
                 "SELECT added_at, sealed FROM example"
-                " WHERE collection = ? AND held_out = ? AND added_at >= ? ORDER BY id",
-                (collection, held_out, self._oldest(now, max_age_s)),
+                " WHERE collection = ?1 AND held_out = ?2 AND added_at >= ?3"
+                # Not what came while the work was under way; still what a clock dated that was set back since.
+                " AND NOT (added_at > ?4 AND added_at < ?4 + ?5) ORDER BY id",
+                (collection, held_out, self._oldest(now, max_age_s), now, DAY_S),
             ).fetchall()
         return [
             msgspec.msgpack.decode(

@@ -25,7 +25,7 @@ class Policy(Message, frozen=True, kw_only=True):
 
     `allow_plain`: accept tasks without secure aggregation; `min_group`: never be part of a sum over fewer devices;
     `unknown_is_met`: count a condition that the platform cannot report as met; `max_daily_*`: participations and
-    bytes per 24 hours.
+    bytes per 24 hours; `max_memory_bytes`, `max_cpu_share`: what a plan may allocate and use of one core.
     """
 
     allow_plain: bool = False
@@ -33,6 +33,8 @@ class Policy(Message, frozen=True, kw_only=True):
     unknown_is_met: bool = False
     max_daily_participations: Annotated[int, Meta(ge=0)] = 48
     max_daily_bytes: Annotated[int, Meta(ge=0)] = 500_000_000
+    max_memory_bytes: Annotated[int, Meta(ge=100_000_000)] = 1_000_000_000
+    max_cpu_share: Annotated[float, Meta(ge=0.05, le=1.0)] = 1.0
 
 
 class Facts(Message, frozen=True, kw_only=True):
