@@ -122,6 +122,18 @@ def test_a_child_that_cannot_stop_is_killed_in_time(device: Device):
     assert time.monotonic() - since[0] < 1.5
 
 
+def test_a_child_ends_when_its_lifeline_does(device: Device):
+    started = child._Child(job(device, ENDLESS))
+    try:
+        assert started._process.stdin is not None
+        started._process.stdin.close()
+        assert started.has_ended(60.0)
+        with pytest.raises(PlanCrashed, match="exit code 1"):
+            started.outcome()
+    finally:
+        started.kill()
+
+
 def test_what_the_work_raises_arrives_with_all_it_says(device: Device):
     of = job(device)
     (device.home.work / of.session_id / "checkpoint-0.safetensors").write_bytes(

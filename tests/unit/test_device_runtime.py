@@ -468,6 +468,7 @@ def test_training_goes_on_where_it_was_when_conditions_return(
     device.run_to(S.TRAINING)
     while not device.runtime.session.is_paused:
         device.step()
+    device.step()
     found = status(device)
     assert (found.state, found.num_pauses, found.num_resumes) == ("training", 1, 0)
     assert found.verdict.startswith("paused: the device is not idle")

@@ -337,6 +337,7 @@ class Runtime:
         unmet = self._unmet(offer.criteria.requires, offer.task_name)
         self._board.refuse(unmet)
         if unmet:
+            self._board.verdict = f"paused: {self._board.verdict}"
             return RECHECK_S
         if self._session.is_paused:
             self._go(E.RESUME, is_paused=False)
@@ -356,7 +357,7 @@ class Runtime:
             return 0
         if wanted.receipt is not None:
             return self._end(E.TOO_LATE, ReportState.LATE, "the server wants no more reports")
-        self._board.stopped(watch.reason, self._clock.now() - watch.said_at)
+        self._board.stopped(self._clock.now() - watch.said_at)
         self._go(E.PAUSE, is_paused=True)
         return 0
 

@@ -101,11 +101,10 @@ class Board:
         if reasons:
             self.verdict = "; ".join(dict.fromkeys(reason.text for reason in reasons))
 
-    def stopped(self, reason: str, stop_s: float) -> None:
+    def stopped(self, stop_s: float) -> None:
         """Training was stopped `stop_s` after that was noticed to be due; nothing runs any more."""
         self.num_pauses += 1
         self.longest_stop_s = max(self.longest_stop_s, stop_s)
-        self.verdict = f"paused: {reason}"
 
     def write(self, session: Session, now: float, state: str | None = None) -> None:
         """Replace status.json atomically; not synced, because it is made anew at every step."""
