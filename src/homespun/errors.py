@@ -11,7 +11,8 @@ one of these.
     ├── PlanError                 invalid_plan             422   a plan that cannot be built or must not run
     │   ├── UnsupportedPlan       unsupported_plan         422   unknown format, operator or runtime
     │   ├── UntrustedPlan         untrusted_plan           422   not signed, or not by a publisher we trust
-    │   └── PlanMismatch          plan_mismatch            422   the graphs do not compute what PyTorch does
+    │   ├── PlanMismatch          plan_mismatch            422   the graphs do not compute what PyTorch does
+    │   └── PlanCrashed           plan_crashed             422   killed its process, or needs too much memory or time
     ├── ProtocolError             protocol_error           400   a message that breaks the protocol
     │   ├── BadFrame              bad_frame                400   a body that is cut short, too long or malformed
     │   ├── ShapeMismatch         shape_mismatch           422   right frame, wrong length or encoding
@@ -97,6 +98,10 @@ class UntrustedPlan(PlanError):
 
 class PlanMismatch(PlanError):
     code = "plan_mismatch"
+
+
+class PlanCrashed(PlanError):
+    code = "plan_crashed"
 
 
 class ProtocolError(HomespunError):

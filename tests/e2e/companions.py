@@ -21,12 +21,12 @@ from tests.fleet.member import Member
 
 
 class Companions:
-    """As many devices as make a group together with one more."""
+    """Several devices: by default as many as make a group together with one more."""
 
-    def __init__(self, server: Server, http: httpx.Client, plan: Plan) -> None:
+    def __init__(self, server: Server, http: httpx.Client, plan: Plan, count: int) -> None:
         self.clock, self.http, self.plan = CLOCK, http, plan
         here: Any = self  # what a synthetic device needs of its world
-        self.devices = [Device(here, index) for index in range(MIN_GROUP - 1)]
+        self.devices = [Device(here, index) for index in range(count)]
         self._server = server
 
     def take_part(self, task: TaskView) -> None:
@@ -59,7 +59,7 @@ class Companions:
 
 
 @contextmanager
-def companions(server: Server, plan: Plan) -> Iterator[Companions]:
+def companions(server: Server, plan: Plan, count: int = MIN_GROUP - 1) -> Iterator[Companions]:
     """Companions of whoever takes part in a task with `plan`."""
     with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
-        yield Companions(server, http, plan)
+        yield Companions(server, http, plan, count)

@@ -101,6 +101,11 @@ class Process:
             )
         self.pid = self._popen.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it is running."""
+        return self._popen.poll()
+
     def check(self) -> None:
         """It is running."""
         assert self._popen.poll() is None, self.log.read_text()

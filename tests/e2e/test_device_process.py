@@ -78,7 +78,13 @@ def device(server: Server, tmp_path: Path) -> Iterator[Device]:
     device.process.kill()
 
 
-def create_task(server: Server, device: Device, plan_hash: str, name: str = "train") -> TaskView:
+def create_task(
+    server: Server,
+    device: Device,
+    plan_hash: str,
+    name: str = "train",
+    over_selection: float = 1.0,
+) -> TaskView:
     """One round of training that the device and its companions fill."""
     checkpoint = server.client.push_checkpoint(encode_tree(INITIAL), plan_hash).hash
     spec = TaskSpec(
@@ -90,8 +96,8 @@ def create_task(server: Server, device: Device, plan_hash: str, name: str = "tra
         goal=MIN_GROUP,
         minimum=MIN_GROUP,
         min_group=MIN_GROUP,
-        over_selection=1.0,
-        pool_target=MIN_GROUP,
+        over_selection=over_selection,
+        pool_target=round(MIN_GROUP * over_selection),
         selection_s=NEVER_S,
         deadline_s=NEVER_S,
         retry=RetryWindow(earliest_s=0.1, latest_s=0.2),
@@ -370,17 +376,20 @@ def test_stopping_in_the_middle_of_training_leaves_nothing(server: Server, devic
     assert (first[0].num_assigned, first[0].groups) == (MIN_GROUP, ())
 
 
-def test_what_a_kill_in_the_middle_of_training_leaves_is_gone_after_the_next_start(
+def test_what_a_kill_in_the_middle_of_training_leaves_is_gone_when_the_session_ends(
     server: Server, device: Device
 ):
     task = start_endless_training(server, device)
     device.process.kill()
     assert list(device.home.work.rglob("*.safetensors"))
-    server.client.stop_task(task.task_id)
     device.start()
-    eventually(lambda: device.status().verdict.startswith("ready"), "the device is back")
+    eventually(lambda: device.status().state == "training", "the device carries on")
+    code, _ = device.process.terminate()
+    assert code == 0
     assert not list(device.home.work.iterdir())
     assert device.outcomes() == [("train", 1, "void")]
+    server.client.stop_task(task.task_id)
+    device.start()
     train(server, device, "again")
 
 

@@ -23,6 +23,7 @@ from homespun.device.connection import Connection
 from homespun.device.examples import open_examples
 from homespun.device.home import Home, Settings
 from homespun.device.identity import Identity
+from homespun.device.labour import work_on
 from homespun.device.runtime import Runtime
 from homespun.plan.initial import initial_checkpoint
 from homespun.protocol.eligibility import Policy
@@ -106,7 +107,7 @@ def join(world: World, root: Path, index: int, policy: Policy) -> tuple[Runtime,
     store.add_many(EXAMPLES[index], clock.now())
     store.close()
     conditions = ScriptedConditions((), clock.now())
-    return Runtime(home, connection, conditions, clock), client
+    return Runtime(home, connection, conditions, clock, labour=work_on), client
 
 
 def in_process(

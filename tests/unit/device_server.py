@@ -20,11 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from homespun import zoo
 from homespun.clock import ManualClock
+from homespun.device.child import Labour
 from homespun.device.conditions import ConditionSource, ScriptedConditions, Span
 from homespun.device.connection import Connection
 from homespun.device.examples import open_examples
 from homespun.device.home import Home, Settings
 from homespun.device.identity import Identity
+from homespun.device.labour import work_on
 from homespun.device.runtime import Runtime
 from homespun.device.stopping import Stop
 from homespun.errors import HomespunError, NotAuthentic, NotFound, ReportConflict
@@ -528,7 +530,10 @@ def images(count: int) -> list[dict[str, Any]]:
 
 
 class Device:
-    """A device over a directory, whose process can be killed and started again."""
+    """A device over a directory, whose process can be killed and started again.
+
+    It works in this process; `labour` may be replaced.
+    """
 
     def __init__(
         self,
@@ -541,6 +546,7 @@ class Device:
         self.home, self.server, self.clock = Home(root), server, server.clock
         self.conditions: ConditionSource = ScriptedConditions((), self.clock.now())
         self.stop = Stop()
+        self.labour: Labour = work_on
         identity = Identity.load_or_create(self.home.identity_file, seed)
         enrolled = self._connection(identity).enroll(POPULATION, TOKEN)
         self.settings = Settings(
@@ -569,7 +575,9 @@ class Device:
         if self._runtime is None:
             self.stop = Stop()
             connection = self._connection(Identity.load(self.home.identity_file))
-            self._runtime = Runtime(self.home, connection, self.conditions, self.clock, self.stop)
+            self._runtime = Runtime(
+                self.home, connection, self.conditions, self.clock, self.stop, self.labour
+            )
         return self._runtime
 
     @property

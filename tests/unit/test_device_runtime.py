@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
 from homespun.clock import ManualClock
+from homespun.device import wanted
+from homespun.device.child import Perform, ShouldStop
 from homespun.device.cleaning import left_over
 from homespun.device.conditions import ScriptedConditions, Span
+from homespun.device.labour import work_on
 from homespun.device.models import open_models
 from homespun.device.status import Status, read_status
-from homespun.errors import Conflict, NotAllowed, StorageFailure
+from homespun.errors import Conflict, NotAllowed, PlanCrashed, StorageFailure
 from homespun.learning.contribution import ContributionCodec
 from homespun.learning.metrics import paired_names
 from homespun.protocol.eligibility import Conditions
@@ -32,15 +36,18 @@ from homespun.protocol.messages import (
     TaskKind,
     Waiting,
 )
+from homespun.protocol.session import MAX_RESTARTS
 from homespun.protocol.session import SessionState as S
 from homespun.tensors.codec import digest, encode_tree
 from tests.unit.device_server import (
     DIGITS,
     INITIAL,
+    PUBLISHER,
     RETRY,
     STRANGER,
     Device,
     FakeServer,
+    images,
 )
 
 OWN_FILES = {
@@ -204,17 +211,58 @@ def test_traffic_is_counted(device: Device, server: FakeServer):
 
 
 @pytest.mark.parametrize("state", IN_SESSION)
-def test_killed_before_intent_forgets_the_session(state: S, device: Device, server: FakeServer):
+def test_killed_before_intent_carries_on(state: S, device: Device, server: FakeServer):
     server.open_round()
     device.run_to(state)
     device.kill()
+    assert device.state is state
+    device.run_session()
+    assert server.aborted == []
+    assert len(server.reports["train-1-1"]) == 1
+    assert device.files() == OWN_FILES
+
+
+def test_killed_until_after_the_deadline_gives_the_assignment_back(
+    device: Device, server: FakeServer
+):
+    server.open_round(deadline_s=60.0)
+    device.run_to(S.TRAINING)
+    device.kill()
+    device.clock.advance(60.0)
     device.run_session()
     assert server.aborted == ["train-1-1"]
     assert server.reports == {}
+    assert (
+        status(device).sessions[0].reason == "the device was interrupted until after the deadline"
+    )
     assert device.files() == OWN_FILES
-    server.open_round(2)
+
+
+def test_a_session_that_is_killed_again_and_again_is_given_up(device: Device, server: FakeServer):
+    server.open_round()
+    device.run_to(S.DOWNLOADING)
+    for state in (S.DOWNLOADING, S.TRAINING):  # it counts for each state by itself
+        device.run_to(state)
+        for _ in range(MAX_RESTARTS):
+            device.kill()
+            assert device.state is state
+    device.kill()
     device.run_session()
-    assert len(server.reports["train-2-1"]) == 1
+    assert status(device).sessions[0].reason == "interrupted 4 times while training"
+    assert server.aborted == ["train-1-1"]
+    assert device.files() == OWN_FILES
+
+
+def test_a_download_that_a_power_cut_broke_is_made_again(device: Device, server: FakeServer):
+    server.open_round()
+    device.run_to(S.DOWNLOADING)
+    directory = device.home.work / device.runtime.session.session_id
+    directory.mkdir(parents=True)
+    for name in ("plan.zip", "checkpoint-0.safetensors"):
+        (directory / name).write_bytes(b"")
+    device.kill()
+    device.run_session()
+    assert len(server.reports["train-1-1"]) == 1
 
 
 @pytest.mark.parametrize("state", [S.INTENT, S.REPORTING])
@@ -379,32 +427,162 @@ def test_a_device_in_use_does_not_check_in(device: Device, server: FakeServer):
     assert len(server.reports["train-1-1"]) == 1
 
 
-class LostAfter:
-    """Conditions that hold while training begins and end after some measurements."""
+class Picked:
+    """Conditions that end while the device trains, at its `at`-th look, and return after `for_s`."""
 
-    def __init__(self, device: Device, measurements: int) -> None:
-        self._device, self._left = device, measurements
+    def __init__(self, device: Device, at: int, for_s: float = 1e9) -> None:
+        self._device, self._at, self._for_s = device, at, for_s
+        self.ended_at: float | None = None
 
     def read(self, now: float) -> Conditions:
         if self._device.state is S.TRAINING:
-            self._left -= 1
-            self._device.clock.advance(1.0)  # so that every step of training is measured
-        holds = self._left > 0
+            self._at -= 1
+            self._device.clock.advance(0.6)  # so that every step of training is measured
+        if self._at == 0:
+            self.ended_at = now
+        holds = self.ended_at is None or now >= self.ended_at + self._for_s
         return dict.fromkeys(("idle", "charging", "unmetered"), holds)
 
 
-def test_conditions_that_end_stop_training_within_a_step(device: Device, server: FakeServer):
-    device.conditions = LostAfter(device, 3)
+ENDLESS = DIGITS.with_settings(local_epochs=1000).sign(PUBLISHER).to_bytes()
+LONGER = DIGITS.with_settings(local_epochs=5, momentum=0.5).sign(PUBLISHER).to_bytes()
+
+
+def undisturbed(root: Path, plan: bytes) -> bytes:
+    """What this device reports when nobody picks it up."""
+    server = FakeServer(ManualClock())
+    other = Device(root, server)
+    server.open_round(plan=plan)
+    other.run_session()
+    other.kill()
+    (body,) = server.reports["train-1-1"]
+    return body
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed"])
+def test_training_goes_on_where_it_was_when_conditions_return(
+    killed: bool, device: Device, server: FakeServer, tmp_path: Path
+):
+    device.conditions = Picked(device, 6, for_s=60.0)
+    server.open_round(plan=LONGER)
+    device.run_to(S.TRAINING)
+    while not device.runtime.session.is_paused:
+        device.step()
+    device.step()
+    found = status(device)
+    assert (found.state, found.num_pauses, found.num_resumes) == ("training", 1, 0)
+    assert found.verdict.startswith("paused: the device is not idle")
+    assert 0 <= found.longest_stop_s < 2.0
+    step_file = device.home.work / device.runtime.session.session_id / "step.bin"
+    steps = msgspec.json.decode(step_file.read_bytes().partition(b"\n")[0])["num_steps"]
+    assert 0 < steps < 15
+    if killed:
+        device.kill()
+        assert device.runtime.session.is_paused
+    device.run_to(S.PACKAGED)
+    assert status(device).num_resumes == 1
+    device.run_session()
+    assert server.reports["train-1-1"] == [undisturbed(tmp_path / "other", LONGER)]
+    assert device.files() == OWN_FILES
+
+
+def test_a_step_checkpoint_that_does_not_fit_is_as_if_there_were_none(
+    device: Device, server: FakeServer, tmp_path: Path
+):
+    """Somebody else's bytes, then one of other examples: the report is that of the examples there are."""
+    device.conditions = Picked(device, 6, for_s=60.0)
+    server.open_round(plan=LONGER)
+    device.run_to(S.TRAINING)
+    while not device.runtime.session.is_paused:
+        device.step()
+    step_file = device.home.work / device.runtime.session.session_id / "step.bin"
+    kept = step_file.read_bytes()
+    for broken in (b"", kept[:-1], kept.replace(b'"rows":"', b'"rows":"0', 1)):
+        step_file.write_bytes(broken)
+        device.run_to(S.TRAINING)
+    device.run_session()
+    assert server.reports["train-1-1"] == [undisturbed(tmp_path / "other", LONGER)]
+
+
+def test_examples_that_come_during_a_pause_are_for_the_next_session(
+    device: Device, server: FakeServer, tmp_path: Path
+):
+    device.conditions = Picked(device, 6, for_s=60.0)
+    server.open_round(plan=LONGER)
+    device.run_to(S.TRAINING)
+    while not device.runtime.session.is_paused:
+        device.step()
+    device.runtime._examples.add_many(images(80)[60:], device.clock.now())
+    device.run_session()
+    assert server.reports["train-1-1"] == [undisturbed(tmp_path / "other", LONGER)]
+
+
+def test_conditions_that_do_not_return_before_the_deadline_end_the_session(
+    device: Device, server: FakeServer
+):
+    device.conditions = Picked(device, 3)
     server.open_round()
     device.run_to(S.TRAINING)
-    began = device.clock.now()
-    device.run_to(S.VOID)
-    assert device.clock.now() - began <= 5.0
+    device.step()
+    assert device.runtime.session.is_paused
+    for _ in range(700):
+        if device.state is S.VOID:
+            break
+        device.step()
     device.run_to(S.CLEANED)
     assert server.aborted == ["train-1-1"]
     assert server.reports == {}
     assert device.files() == OWN_FILES
-    assert "not idle" in device.runtime.session.reason
+    assert "deadline" in device.runtime.session.reason
+
+
+def test_a_report_that_nobody_wants_any_more_is_not_made(
+    device: Device, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wanted, "ASK_EVERY_S", 0.0)
+    server.open_round(plan=ENDLESS)
+    device.run_to(S.TRAINING)
+    server.states["train-1-1"] = Receipt(assignment_id="train-1-1", state=ReportState.LATE)
+    device.step()
+    assert device.state is S.LATE
+    device.run_session()
+    ended = status(device).sessions[0]
+    assert (ended.outcome, ended.reason) == ("late", "the server wants no more reports")
+    assert (server.reports, server.aborted) == ({}, [])
+    assert device.files() == OWN_FILES
+
+
+def test_a_server_that_does_not_say_whether_it_wants_the_report_gets_it(
+    device: Device, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wanted, "ASK_EVERY_S", 0.0)
+    server.open_round(plan=LONGER)
+    device.run_to(S.TRAINING)
+    server.failure = unplug
+    device.step()
+    assert device.state is S.PACKAGED
+    assert "GET /v1/assignments/train-1-1" in server.log
+    server.failure = None
+    device.run_session()
+    assert len(server.reports["train-1-1"]) == 1
+
+
+def test_a_plan_that_crashes_is_refused_for_a_day(device: Device, server: FakeServer):
+    def crash(job: Perform, should_stop: ShouldStop) -> None:
+        raise PlanCrashed("the process that ran the plan ended by signal 11")
+
+    device.labour = crash
+    server.open_round()
+    device.run_session()
+    assert status(device).sessions[0].reason.startswith("plan refused: the process that ran")
+    server.open_round(2)
+    device.run_to(S.REJECTED)
+    assert [r.code for r in status(device).refusals] == ["refused_plan"]
+    device.clock.advance(86_400.0)
+    device.kill()
+    device.labour = work_on
+    device.run_session()
+    assert len(server.reports["train-2-1"]) == 1
 
 
 def test_the_deadline_ends_the_work(device: Device, server: FakeServer):
@@ -417,9 +595,9 @@ def test_the_deadline_ends_the_work(device: Device, server: FakeServer):
 
 
 def test_a_round_that_was_given_back_is_not_claimed_again(device: Device, server: FakeServer):
-    server.open_round()
+    server.open_round(deadline_s=5.0)
     device.run_to(S.TRAINING)
-    device.kill()
+    device.clock.advance(6.0)
     device.run_session()
     claims = server.log.count("POST /v1/claim")
     device.run_to(S.REJECTED)

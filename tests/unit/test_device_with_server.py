@@ -20,6 +20,7 @@ from homespun.device.enrolment import enroll
 from homespun.device.examples import open_examples
 from homespun.device.home import Home, Settings
 from homespun.device.identity import Identity
+from homespun.device.labour import work_on
 from homespun.device.models import open_models
 from homespun.device.runtime import Runtime
 from homespun.device.status import Status, read_status
@@ -84,7 +85,7 @@ class Fleet:
             connection = Connection(self.clients[-1], identity, CLOCK)
             conditions = ScriptedConditions((), CLOCK.now())
             self.settings.append(settings)
-            self.runtimes.append(Runtime(home, connection, conditions, CLOCK))
+            self.runtimes.append(Runtime(home, connection, conditions, CLOCK, labour=work_on))
 
     def run_until(self, done: Callable[[], bool]) -> None:
         due = [0.0] * len(self.runtimes)

@@ -85,7 +85,7 @@ def parse_script(data: bytes) -> tuple[Span, ...]:
 class Watch:
     """`should_stop` for one piece of work: called as often as one likes, measured every `RECHECK_S`.
 
-    Once it has said yes it keeps saying so, and `reason` says why.
+    Once it has said yes it keeps saying so; `reason` says why, `said_at` since when.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class Watch:
         self._clock, self._stop, self._until = clock, stop, until
         self._measured_at = float("-inf")
         self.reason = ""
+        self.said_at = 0.0
 
     def __call__(self) -> bool:
         if not self.reason:
-            self.reason = self._measure()
+            self.reason, self.said_at = self._measure(), self._clock.now()
         return bool(self.reason)
 
     def _measure(self) -> str:

@@ -187,11 +187,11 @@ class ExampleStore:
             )
 
     def training(self, now: float, query: ExampleQuery = _ANY) -> list[dict[str, Any]]:
-        """The examples to train on that match `query`, in order of arrival; never a held-out one."""
+        """The examples of `query` there were to train on at `now`, in order of arrival; never a held-out one."""
         return self._read(now, False, query)
 
     def held_out(self, now: float, query: ExampleQuery = _ANY) -> list[dict[str, Any]]:
-        """The examples to evaluate on that match `query`, in order of arrival; only held-out ones."""
+        """The examples of `query` there were to evaluate on at `now`, in order of arrival; only held-out ones."""
         return self._read(now, True, query)
 
     def count(self, now: float, held_out: bool | None = None, query: ExampleQuery = _ANY) -> int:
@@ -309,8 +309,10 @@ class ExampleStore:
         self, now: float, held_out: bool, query: ExampleQuery
     ) -> tuple[str, tuple[object, ...]]:
         """The examples of one side that match `query`, as a condition of SQL and its values."""
-        condition = "collection = ? AND held_out = ? AND added_at >= ?"
-        values = (query.collection, held_out, self._oldest(now, query.max_age_s))
+        # Not what came while work with them was under way; still what a clock dated that was set back since.
+        condition = "collection = ? AND held_out = ? AND added_at >= ? AND NOT (added_at > ? AND added_at < ?)"
+        oldest = self._oldest(now, query.max_age_s)
+        values = (query.collection, held_out, oldest, now, now + DAY_S)
         if not query.where:
             return condition, values
         with storage(self._path):

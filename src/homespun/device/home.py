@@ -155,6 +155,12 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def remove(path: Path) -> None:
     """Delete a file, or a directory with all it holds; fine if there is none."""
     with storage(path):

@@ -1,7 +1,7 @@
 """Memory that is given back: a device runs for months beside somebody's other programs.
 
 glibc keeps large freed blocks for itself, and more of them after every training session. With a fixed
-threshold it maps them apart and returns them at once (decision 0003).
+threshold it maps them apart and returns them at once (decision 0009).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ is deployed. Files are kept by content, so another stage of a release, or going 
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable
 from operator import methodcaller
 from pathlib import Path
@@ -23,9 +22,16 @@ from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from homespun.device.home import TEMPORARY, Home, Settings, remove, storage, sync_directory
+from homespun.device.child import try_model
+from homespun.device.home import (
+    TEMPORARY,
+    Home,
+    Settings,
+    remove,
+    storage,
+    sync_directory,
+    sync_file,
+)
 from homespun.device.serving import PROBATION, Record, Usage
 from homespun.device.slots import Slots, content_of, name_of
 from homespun.errors import (
@@ -182,10 +188,10 @@ class Models:
         largest = 4 * plan.manifest.num_parameters + HEADER_BYTES
         if not fetch(manifest.checkpoint, directory / CHECKPOINT_FILE, largest):
             return False
-        _try(plan, _checkpoint(directory))
+        try_model(directory)
         with storage(directory):
             for path in (directory / PLAN_FILE, directory / CHECKPOINT_FILE):
-                _sync(path)
+                sync_file(path)
             sync_directory(directory)
             sync_directory(directory.parent)
         return True
@@ -301,27 +307,10 @@ def open_models(home: Home, settings: Settings) -> Models:
     return Models(home.models, settings.population, settings.publisher_keys, salt)
 
 
-def _try(plan: Plan, checkpoint: dict[str, FloatArray]) -> None:
-    """One prediction on zeros: the model loads here and gives finite numbers."""
-    from homespun.plan.run import predict
-
-    zeros = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in plan.manifest.predict_inputs}
-    for name, values in predict(plan, checkpoint, zeros).items():
-        if not np.isfinite(values).all():
-            raise NumericFailure(
-                f"the model's output {name!r} is not finite", hint="it is not served"
-            )
-
-
 def _checkpoint(directory: Path) -> dict[str, FloatArray]:
     with storage(directory / CHECKPOINT_FILE):
         data = (directory / CHECKPOINT_FILE).read_bytes()
     return decode_tree(data)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _replayed(slot: str, manifest: ReleaseManifest, expected: str) -> NotAuthentic:

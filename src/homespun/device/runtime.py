@@ -4,8 +4,9 @@
     -> intent (durable) -> report, in one piece or in a group's steps -> receipt -> clean
 
 `step` does what the journalled state calls for and says how long to wait, so that a test can drive a device
-without sleeping and a crash between any two steps is only a new start. Before INTENT a new start forgets the
-session and gives the assignment back; from INTENT on it sends the same bytes again and never trains again.
+without sleeping and a crash between any two steps is only a new start, which carries on; from INTENT on it sends
+the same bytes again and never trains again. Whatever executes a plan runs in a child process (`device.child`), which
+is stopped when a condition ends and goes on from its step checkpoint when it returns.
 In a group it never polls nor answers while the person needs the device.
 A server that is away is waited for; whatever fails inside a session, the device goes on.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from homespun.clock import Clock
-from homespun.device import cleaning
+from homespun.device import child, cleaning
 from homespun.device.conditions import ConditionSource, Watch
 from homespun.device.connection import Connection
 from homespun.device.errands import fetch_releases, resolve_receipts
@@ -33,6 +34,7 @@ from homespun.device.sealing import Seal
 from homespun.device.secure import MASK_INPUT, Member, Request
 from homespun.device.status import Board
 from homespun.device.stopping import Stop, Stopped
+from homespun.device.wanted import Wanted
 from homespun.device.watching import Watcher
 from homespun.device.work import Work, check_assignment
 from homespun.errors import (
@@ -42,6 +44,7 @@ from homespun.errors import (
     InvalidInput,
     NotAllowed,
     NotAuthentic,
+    PlanCrashed,
     PlanError,
     ReportConflict,
     StorageFailure,
@@ -62,11 +65,16 @@ from homespun.protocol.messages import (
     ReportState,
     RetryWindow,
     Settled,
-    TaskKind,
     Waiting,
 )
 from homespun.protocol.pacing import draw_retry
-from homespun.protocol.session import Session, SessionEvent, SessionState
+from homespun.protocol.session import (
+    BEFORE_INTENT,
+    MAX_RESTARTS,
+    Session,
+    SessionEvent,
+    SessionState,
+)
 from homespun.rng import stream
 from homespun.types import Hash
 
@@ -80,12 +88,11 @@ REPORT_FOR_S = 86_400.0
 IN_GROUP = RetryWindow(earliest_s=1.0, latest_s=5.0)
 """When to come back to a server that went away in the middle of a group, whose other devices wait."""
 REFUSE_FOR_S = 86_400.0
-"""A plan that this device's examples do not fit is not claimed again for so long."""
+"""A plan that this device's examples do not fit, or that crashed, is not claimed again for so long."""
 CHECK_IN_REQUIRES = Criteria().requires
 
 log = logging.getLogger(__name__)
 S, E = SessionState, SessionEvent
-_BEFORE_INTENT = (S.ASSIGNED, S.DOWNLOADING, S.VERIFIED, S.TRAINING, S.PACKAGED)
 _ENDED = (S.ACKNOWLEDGED, S.LATE, S.VOID)
 
 
@@ -99,11 +106,15 @@ class Runtime:
         conditions: ConditionSource,
         clock: Clock,
         stop: Stop | None = None,
+        labour: child.Labour = child.work_on,
     ) -> None:
-        """Open the directory and put in order what a crash left. Raises `Conflict` while another process runs it."""
+        """Open the directory and put in order what a crash left; `labour` does the sessions' work.
+
+        Raises `Conflict` while another process runs it.
+        """
         self._home, self._connection = home, connection
         self._conditions, self._clock = conditions, clock
-        self._stop = stop or Stop()
+        self._stop, self._labour = stop or Stop(), labour
         self._settings = home.settings()
         self._trusted = tuple(base64.b64decode(key) for key in self._settings.publisher_keys)
         self._journal = Journal(home.journal_file)
@@ -126,8 +137,8 @@ class Runtime:
         )
         self._clean_at = 0.0
         self._session = self._journal.session() or self._new_session()
-        if self._session.state in _BEFORE_INTENT:
-            self._give_up("the device was interrupted before anything was sent")
+        if self._session.state in BEFORE_INTENT:
+            self._carry_on()
         self._steps: dict[SessionState, Callable[[], float]] = {
             S.WAITING: self._wait,
             S.ELIGIBLE: self._check_in,
@@ -145,6 +156,16 @@ class Runtime:
             S.VOID: self._clean,
             S.CLEANED: self._finish,
         }
+
+    def _carry_on(self) -> None:
+        """The process was killed before anything was sent: go on, unless that is too late or leads nowhere."""
+        num_restarts = self._session.num_restarts + 1
+        if self._clock.now() >= self._expires_at:
+            self._give_up("the device was interrupted until after the deadline")
+        elif num_restarts > MAX_RESTARTS:
+            self._give_up(f"interrupted {num_restarts} times while {self._session.state}")
+        else:
+            self._go(E.RESTART, num_restarts=num_restarts)
 
     @property
     def session(self) -> Session:
@@ -175,7 +196,7 @@ class Runtime:
     def close(self) -> None:
         """Leave in good order: a session that has sent nothing is given back, its files are removed."""
         try:
-            if self._session.state in _BEFORE_INTENT:
+            if self._session.state in BEFORE_INTENT:
                 self._give_up("the device was stopped")
             if self._session.state in _ENDED:
                 self._clean()
@@ -326,22 +347,46 @@ class Runtime:
         return 0
 
     def _train(self) -> float:
-        offer, now = self._offer, self._clock.now()
+        """Work in a child while the conditions hold; wait for them, until the deadline, while they do not."""
+        offer = self._offer
+        if self._clock.now() >= self._expires_at:
+            return self._give_up("the deadline has passed")
+        unmet = self._unmet(offer.criteria.requires, offer.task_name)
+        self._board.refuse(unmet)
+        if unmet:
+            self._board.verdict = f"paused: {self._board.verdict}"
+            return RECHECK_S
+        if self._session.is_paused:
+            self._go(E.RESUME, is_paused=False)
+            self._board.num_resumes += 1
+        self._say(f"works for round {offer.round_number} of {offer.task_name}")
+        job = child.Perform.of(self._home, self._session, self._policy())
         watch = self._watch(offer.criteria.requires)
-        store = self._examples
-        select = store.training if offer.kind is TaskKind.TRAIN else store.held_out
+        wanted = Wanted(self._connection, self._assigned)
         try:
-            digest = self._work.perform(
-                select(now, offer.criteria.relevant), self._settings.seed, watch
-            )
+            digest = self._labour(job, lambda: watch() or not wanted())
+        except (InvalidInput, PlanCrashed) as error:
+            if isinstance(error, PlanCrashed) and self._withdraws(error):
+                return 0  # and says so in another child
+            return self._refuse_plan(error, until=self._clock.now() + REFUSE_FOR_S)
         except PlanError as error:
             return self._refuse_plan(error, until=None)
-        except InvalidInput as error:
-            return self._refuse_plan(error, until=now + REFUSE_FOR_S)
-        if digest is None:
-            return self._give_up(watch.reason)
-        self._go(E.PACKAGE, digest=digest)
+        if digest is not None:
+            self._go(E.PACKAGE, digest=digest)
+            return 0
+        if wanted.receipt is not None:
+            return self._end(E.TOO_LATE, ReportState.LATE, "the server wants no more reports")
+        self._board.stopped(self._clock.now() - watch.said_at)
+        self._go(E.PAUSE, is_paused=True)
         return 0
+
+    def _withdraws(self, crash: PlanCrashed) -> bool:
+        """Whether it was what the device serves that crashed, and something else is served now."""
+        watch = self._offer.watch
+        active = None if watch is None else self._models.slots(watch.slot).active
+        if watch is None or active is None:
+            return False
+        return self._models.withdraw(watch.slot, active, crash).active != active
 
     def _intend(self) -> float:
         self._go(E.INTEND)
@@ -473,7 +518,7 @@ class Runtime:
         if self._others_wait:
             window = min(window, IN_GROUP, key=lambda each: each.latest_s)
         pause = self._come_back_in(window)
-        if self._session.state in _BEFORE_INTENT and self._clock.now() + pause >= self._expires_at:
+        if self._session.state in BEFORE_INTENT and self._clock.now() + pause >= self._expires_at:
             return self._give_up(error.message)
         return pause
 
@@ -481,7 +526,7 @@ class Runtime:
         """It will not get better by itself: end what can be ended, come back later."""
         self._board.verdict = reason
         pause = self._come_back_in(window)
-        if self._session.state in _BEFORE_INTENT:
+        if self._session.state in BEFORE_INTENT:
             return self._give_up(reason)
         if self._session.state is S.CHECKED_IN:
             self._go(E.TURN_AWAY)

@@ -50,6 +50,9 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: of the session machine, or `stopped`; `verdict`: one sentence; `session_id`: names the files of the
     session under way; `offered`: at the last check-in; times are Unix seconds, sizes bytes.
+
+    Since the start: `num_pauses`, `num_resumes` of training, and `longest_stop_s` from noticing that a condition had
+    ended until nothing ran any more. `peak_memory_bytes` is of this process, `peak_child_memory_bytes` of training.
     """
 
     device_id: str
@@ -77,6 +80,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     num_examples: int = 0
     num_held_out: int = 0
     peak_memory_bytes: int = 0
+    peak_child_memory_bytes: int = 0
+    num_pauses: int = 0
+    num_resumes: int = 0
+    longest_stop_s: float = 0.0
 
 
 class Board:
@@ -100,7 +107,8 @@ class Board:
         self.verdict = "starting"
         self.conditions: Conditions = {}
         self.release_problems: tuple[str, ...] = ()
-        self.num_sessions = 0
+        self.num_sessions = self.num_pauses = self.num_resumes = 0
+        self.longest_stop_s = 0.0
         with suppress(StorageFailure):  # `why` has an answer before the next check-in
             if (last := read_status(home)) is not None:
                 judge.remember((each.offer for each in last.offered), last.checked_in_at)
@@ -112,6 +120,11 @@ class Board:
         self._reasons = reasons
         if reasons:
             self.verdict = "; ".join(dict.fromkeys(reason.text for reason in reasons))
+
+    def stopped(self, stop_s: float) -> None:
+        """Training was stopped `stop_s` after that was noticed to be due; nothing runs any more."""
+        self.num_pauses += 1
+        self.longest_stop_s = max(self.longest_stop_s, stop_s)
 
     def write(self, session: Session, now: float, state: str | None = None) -> None:
         """Replace status.json atomically; not synced, because it is made anew at every step."""
@@ -143,6 +156,10 @@ class Board:
             num_examples=self._examples.count(now),
             num_held_out=self._examples.count(now, held_out=True),
             peak_memory_bytes=peak_memory_bytes(),
+            peak_child_memory_bytes=_peak_bytes(resource.RUSAGE_CHILDREN),
+            num_pauses=self.num_pauses,
+            num_resumes=self.num_resumes,
+            longest_stop_s=self.longest_stop_s,
         )
         with suppress(
             StorageFailure
@@ -196,5 +213,9 @@ def peak_memory_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return _peak_bytes(resource.RUSAGE_SELF)
+
+
+def _peak_bytes(of_whom: int) -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(of_whom).ru_maxrss * unit

@@ -1,7 +1,8 @@
 """What a device does with an assignment: fetch, check, train or evaluate, encode. Files in, one report out.
 
 Everything is in `work/<session>/` and goes through these files, so that each step can be the last one
-before a crash. Nothing of a plan is executed before `verified` has said what it is.
+before a crash. Nothing of a plan is executed before `verified` has said what it is, and `perform`, which executes it,
+is called in a process of its own (`device.labour`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from homespun.device.home import storage, write_atomically
+from homespun.device.home import remove, storage, sync_directory, sync_file, write_atomically
 from homespun.device.models import HEADER_BYTES, Fetch
 from homespun.device.watching import Watcher
 from homespun.errors import Conflict, NotAllowed, PlanError, ProtocolError
@@ -58,11 +59,15 @@ class Work:
     def report_file(self) -> Path:
         return self.directory / "report.bin"
 
+    @property
+    def step_file(self) -> Path:
+        return self.directory / "step.bin"
+
     def checkpoint_file(self, index: int) -> Path:
         return self.directory / f"checkpoint-{index}.safetensors"
 
     def download(self, fetch: Fetch) -> bool:
-        """Fetch plan and checkpoints; False if `fetch` was stopped. Raises as `verified` does."""
+        """Fetch plan and checkpoints, durably; False if `fetch` was stopped. Raises as `verified` does."""
         if self.watcher is not None:
             return True
         if not self._have(fetch, self.assigned.plan_hash, self.plan_file, MAX_PLAN_BYTES):
@@ -73,10 +78,21 @@ class Work:
             if not self._have(fetch, checkpoint, self.checkpoint_file(index), largest):
                 return False
             self.checkpoint(index, manifest)
+        with storage(self.directory):
+            sync_directory(self.directory)
         return True
 
     def _have(self, fetch: Fetch, address: Hash, path: Path, max_bytes: int) -> bool:
-        return path.exists() or fetch(address, path, max_bytes)
+        with storage(path):
+            if path.exists():
+                if digest(path.read_bytes()) == address:
+                    return True
+                remove(path)  # a power cut broke it
+        if not fetch(address, path, max_bytes):
+            return False
+        with storage(path):
+            sync_file(path)
+        return True
 
     def verified(self) -> Plan:
         """The plan, once it is known to be one that may run and that the assignment does not stretch.
@@ -140,6 +156,7 @@ class Work:
     def perform(self, examples: Examples, device_seed: int, should_stop: ShouldStop) -> Hash | None:
         """Train or evaluate, write the report's bytes; their digest, or None if `should_stop` ended it.
 
+        Training goes on where an earlier call was stopped or killed, and gives the same bytes as without that.
         Raises `InvalidExample`, `InvalidInput`, `NumericFailure` and what `verified` raises.
         """
         seed = derive_seed(self.assigned.seed, str(device_seed))
@@ -155,6 +172,7 @@ class Work:
             return None
         body = encode_contribution(contribution)
         write_atomically(self.report_file, body)
+        remove(self.step_file)
         return digest(body)
 
     def report(self, expected: Hash | None) -> bytes:
@@ -183,12 +201,23 @@ def check_assignment(offer: Offer, assigned: Assigned) -> None:
 def _train(
     work: Work, plan: Plan, rows: features.Rows, seed: int, should_stop: ShouldStop
 ) -> Contribution | None:
+    from homespun.device.progress import StepCheckpoint
     from homespun.plan import run  # loads ONNX Runtime
 
     manifest, codec = plan.manifest, work.codec(plan.manifest)
     checkpoint = work.checkpoint(0, manifest)
-    result = run.train(plan, checkpoint, rows, derive_seed(seed, "train"), should_stop)
+    kept = StepCheckpoint(work.step_file, rows)
+    result = run.train(
+        plan,
+        checkpoint,
+        rows,
+        derive_seed(seed, "train"),
+        should_stop,
+        resume=kept.read(),
+        after_step=kept.after_step,
+    )
     if result.interrupted:
+        kept.write(result.progress)
         return None
     update = trees.flatten(result.update, manifest.shapes)
     return codec.encode(update, result.num_examples, result.metrics, stream(seed, "rounding"))

@@ -7,6 +7,7 @@ they swap, so nothing of the model's size is copied or allocated per step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -60,13 +61,18 @@ class Trainer:
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         return binding
 
-    def start(self, checkpoint: Tree) -> None:
-        """Begin at `checkpoint`, with momentum 0."""
+    def start(self, checkpoint: Tree, state: Tree | None = None) -> None:
+        """Begin at `checkpoint` with momentum 0, or where another trainer from there was: at its `state`."""
         for name, array in self._slots[self._current].items():
-            array[...] = checkpoint[name[2:]] if name.startswith("p.") else 0
+            at_first = checkpoint[name[2:]] if name.startswith("p.") else 0
+            array[...] = at_first if state is None else state[name]
         for name, array in self._feeds.items():
             if name.startswith("a."):
                 array[...] = checkpoint[name[2:]]
+
+    def state(self) -> dict[str, FloatArray]:
+        """Parameters (p.) and momentum (m.) now: views, valid until the next step."""
+        return dict(self._slots[self._current])
 
     def step(self, batch: Mapping[str, AnyArray], weight: FloatArray) -> Sums:
         """One step of the client optimizer; the sums are of the batch before the step."""
@@ -141,6 +147,7 @@ def _session(name: str, graph: bytes) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common class
+        _raise_if_out_of_memory(error)
         raise UnsupportedPlan(
             f"ONNX Runtime {ort.__version__} cannot load the {name} graph: {error}",
             hint="update onnxruntime on the device, or build the plan for this version",
@@ -150,14 +157,21 @@ def _session(name: str, graph: bytes) -> ort.InferenceSession:
 @contextmanager
 def _data_fits() -> Iterator[None]:
     """A graph that loaded fails only on data: an index outside its table. Its message quotes the data,
-    so it is not passed on."""
+    so it is not passed on. Or there was no memory left, which is nobody's data."""
     try:
         yield
     except Exception as error:
+        _raise_if_out_of_memory(error)
         raise InvalidExample(
             "a row has a number that the model cannot take",
             hint="labels and tokens must be within the model's classes and vocabulary",
         ) from error
+
+
+def _raise_if_out_of_memory(error: Exception) -> None:
+    """ONNX Runtime says it in words only: those of std::bad_alloc, or of its own arena."""
+    if isinstance(error, MemoryError) or re.search("bad.?alloc|allocate memory", str(error)):
+        raise MemoryError from error
 
 
 def _arrays(values: list[Any]) -> dict[str, AnyArray]:

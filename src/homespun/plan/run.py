@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -22,18 +23,39 @@ from homespun.types import AnyArray, FloatArray, Tree
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where local training stands between two steps: with the plan, the checkpoint, the rows and the seed, all
+    that the next step depends on.
+
+    `state`: the optimizer's, parameters and momentum by the names of the train graph (views, valid until
+    the next step); `metrics`: sums over all steps, each measured just before its step.
+    """
+
+    num_steps: int
+    state: Tree
+    metrics: Sums
+
+
+@dataclass(frozen=True)
 class TrainingResult:
     """What local training gives. `update` is local minus checkpoint, float32, not yet clipped.
 
     `num_examples` counts the rows used (at most `max_rows`), once however many epochs there are;
-    `metrics` are sums over all steps, each measured just before its step.
+    `progress`: where it ended, which is where another call goes on if it was `interrupted`.
     """
 
     update: dict[str, FloatArray]
     num_examples: int
-    num_steps: int
-    metrics: Sums
+    progress: Progress
     interrupted: bool
+
+    @property
+    def num_steps(self) -> int:
+        return self.progress.num_steps
+
+    @property
+    def metrics(self) -> Sums:
+        return self.progress.metrics
 
 
 def train(
@@ -43,43 +65,46 @@ def train(
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
     trainer: Trainer | None = None,
+    *,
+    resume: Progress | None = None,
+    after_step: Callable[[Progress], None] = lambda progress: None,
 ) -> TrainingResult:
     """Train locally from `checkpoint` on `rows` with the plan's client optimizer.
 
     `seed` orders the batches: step k sees the same batch on every machine, whatever happened
-    before, which is what resuming needs. `should_stop` is asked before every step. A `trainer` made
-    for the same plan can be passed in to save loading the graph again.
+    before, so that `resume` gives what an uninterrupted run gives, to the last bit. `should_stop` is
+    asked before every step, `after_step` hears of each. A `trainer` made for the same plan can be passed
+    in to save loading the graph again.
 
     Raises InvalidInput without rows, InvalidExample for a label or token that the model cannot
     take, ShapeMismatch for another plan's checkpoint, NumericFailure when the loss or the update is
-    not finite.
+    not finite, MemoryError when there is no room for the model.
     """
     manifest = plan.manifest
     manifest.check_checkpoint(checkpoint)
     _check_rows(rows)
     trainer = trainer or Trainer(manifest, plan.graphs["train"])
-    trainer.start(checkpoint)
-    metrics: Sums = {}
-    num_steps, interrupted = 0, False
-    for batch, weight in schedule(manifest, rows, seed):
+    trainer.start(checkpoint, resume.state if resume else None)
+    progress, interrupted = resume or Progress(0, trainer.state(), {}), False
+    for batch, weight in islice(schedule(manifest, rows, seed), progress.num_steps, None):
         if interrupted := should_stop():
             break
         sums = trainer.step(batch, weight)
         if not np.isfinite(sums["loss"].sum):
             raise NumericFailure(
-                f"the loss is not finite after {num_steps} steps",
+                f"the loss is not finite after {progress.num_steps} steps",
                 hint="use a smaller learning rate, or max_grad_norm",
-                step=num_steps,
+                step=progress.num_steps,
             )
-        metrics = add_sums(metrics, sums)
-        num_steps += 1
+        metrics = add_sums(progress.metrics, sums)
+        progress = Progress(progress.num_steps + 1, trainer.state(), metrics)
+        after_step(progress)
     update = subtract(trainer.parameters(), checkpoint)
     check_finite(update)
     return TrainingResult(
         update=update,
         num_examples=min(num_rows(rows), manifest.max_rows),
-        num_steps=num_steps,
-        metrics=metrics,
+        progress=progress,
         interrupted=interrupted,
     )
 

@@ -35,7 +35,8 @@ class Policy(Message, frozen=True, kw_only=True):
     serves (none: whichever it is enrolled in); `allow_plain`: accept tasks without secure aggregation; `min_group`:
     never be part of a sum over fewer devices; `private_tensors`: patterns such as `embedding.*` of parameters that
     never leave; a plan that trains one does not run; `unknown_is_met`: count a condition that the platform cannot
-    report as met; `max_daily_participations`: most per 24 hours; `max_daily_bytes`: most per 24 hours, both ways.
+    report as met; `max_daily_participations`: most per 24 hours; `max_daily_bytes`: most per 24 hours, both ways;
+    `max_memory_bytes`: what a plan may allocate; `max_cpu_share`: what it may use of one core.
     """
 
     is_enabled: bool = True
@@ -46,6 +47,8 @@ class Policy(Message, frozen=True, kw_only=True):
     unknown_is_met: bool = False
     max_daily_participations: Count = 48
     max_daily_bytes: Count = 500_000_000
+    max_memory_bytes: Annotated[int, Meta(ge=100_000_000, le=2**53 - 1)] = 1_000_000_000
+    max_cpu_share: Annotated[float, Meta(ge=0.05, le=1.0)] = 1.0
 
 
 class Facts(Message, frozen=True, kw_only=True):

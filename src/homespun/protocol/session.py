@@ -2,7 +2,8 @@
 
 The record is journalled at every step, so that a device may be killed between any two and carries on.
 INTENT is durable before the first byte of a report leaves: after it, a crash repeats the same bytes and
-never trains again; before it, a crash forgets the session and nothing was sent.
+never trains again; before it, a crash goes on where the work was, if its deadline allows. A session that was
+started over more than `MAX_RESTARTS` times in one state is given up, so that nothing crashes forever.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class SessionEvent(StrEnum):
     DOWNLOAD = "download"
     VERIFY = "verify"
     TRAIN = "train"
+    PAUSE = "pause"
+    RESUME = "resume"
+    RESTART = "restart"
     PACKAGE = "package"
     INTEND = "intend"
     REPORT = "report"
@@ -54,7 +58,8 @@ class SessionEvent(StrEnum):
 
 
 S, E = SessionState, SessionEvent
-_BEFORE_INTENT = (S.ASSIGNED, S.DOWNLOADING, S.VERIFIED, S.TRAINING, S.PACKAGED)
+MAX_RESTARTS = 3
+BEFORE_INTENT = (S.ASSIGNED, S.DOWNLOADING, S.VERIFIED, S.TRAINING, S.PACKAGED)
 _ENDED = (S.ACKNOWLEDGED, S.LATE, S.VOID)
 
 SESSION: Machine[SessionState, SessionEvent] = Machine(
@@ -70,6 +75,9 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
         Row(S.ASSIGNED, E.DOWNLOAD, S.DOWNLOADING),
         Row(S.DOWNLOADING, E.VERIFY, S.VERIFIED, "signature and hashes hold"),
         Row(S.VERIFIED, E.TRAIN, S.TRAINING),
+        Row(S.TRAINING, E.PAUSE, S.TRAINING, "conditions lost: stopped within 2 s, step kept"),
+        Row(S.TRAINING, E.RESUME, S.TRAINING, "conditions back before the deadline"),
+        Row(S.TRAINING, E.TOO_LATE, S.LATE, "the server has enough reports"),
         Row(S.TRAINING, E.PACKAGE, S.PACKAGED, "clipped and encoded"),
         Row(S.PACKAGED, E.INTEND, S.INTENT, "durable before a byte leaves"),
         Row(S.INTENT, E.REPORT, S.REPORTING),
@@ -83,8 +91,12 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
             "the server proves that it is void, or nothing was masked",
         ),
         *(
+            Row(state, E.RESTART, state, f"killed, at most {MAX_RESTARTS} times, deadline ahead")
+            for state in BEFORE_INTENT
+        ),
+        *(
             Row(state, E.GIVE_UP, S.VOID, "conditions lost, refused, failed or expired")
-            for state in _BEFORE_INTENT
+            for state in BEFORE_INTENT
         ),
         Row(S.INTENT, E.TOO_LATE, S.LATE),
         *(Row(state, E.CLEAN, S.CLEANED, "no file of the session remains") for state in _ENDED),
@@ -96,7 +108,8 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
 class Session(msgspec.Struct, frozen=True, kw_only=True):
     """The journalled record. `reason` says why it ended, for the person; `digest` is of the report's bytes.
 
-    `masked`: securely aggregated, and the masked input may have left; it counts from then on.
+    `masked`: securely aggregated, and the masked input may have left; it counts from then on. `is_paused`: it waits
+    for its conditions to return; `num_restarts`: in this state, after the process was killed.
     """
 
     session_id: str
@@ -108,9 +121,15 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float | None = None
     digest: str | None = None
     masked: bool = False
+    is_paused: bool = False
+    num_restarts: int = 0
     outcome: str | None = None
     reason: str = ""
 
     def after(self, event: SessionEvent, **changes: object) -> Session:
         """The record after `event`. Raises `Conflict` when the table does not allow it."""
-        return msgspec.structs.replace(self, state=SESSION.next(self.state, event), **changes)
+        state = SESSION.next(self.state, event)
+        restarts = self.num_restarts if state is self.state else 0
+        return msgspec.structs.replace(
+            self, **{"state": state, "num_restarts": restarts, **changes}
+        )
