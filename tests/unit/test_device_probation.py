@@ -157,7 +157,7 @@ def test_what_the_app_breaks_off_is_not_the_models_failure(
         patched.setattr(Suggester, "suggest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             updated.predict("thank you")
-    assert not Record(updated._root / module.RECORD_FILE).crashed("default", "b")
+    assert not Record(updated._root / module.SERVING_FILE).crashed("default", "b")
     assert updated.predict("thank you")
     assert (served(updated), reasons(updated)) == ("b", [])
 
@@ -270,6 +270,6 @@ def test_a_fork_has_a_connection_of_its_own(updated: Models):
 
 def test_a_damaged_record_is_told(updated: Models):
     updated.close()
-    (updated._root / module.RECORD_FILE).write_bytes(b"damaged by the disk" * 100)
+    (updated._root / module.SERVING_FILE).write_bytes(b"damaged by the disk" * 100)
     with pytest.raises(StorageFailure, match="serving"):
         updated.predict("thank you")

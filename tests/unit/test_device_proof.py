@@ -147,7 +147,6 @@ PLANTED = [
     ("store.key.tmp", "store.key.tmp"),
     ("models/default/2/checkpoint.safetensors", "models/default/2"),
     ("models/default/plan.zip.part", "models/default/plan.zip.part"),
-    ("models/default/1/group.bin", "models/default/1/group.bin"),
     ("models/stray", "models/stray"),
     ("checkpoint-0.safetensors", "checkpoint-0.safetensors"),
     ("examples.db.backup", "examples.db.backup"),
@@ -160,6 +159,12 @@ PLANTED = [
 def test_a_file(planted: str, named: str, life: Home):
     write(life.root / planted)
     assert [path for path, _ in found(life)] == [named]
+
+
+def test_a_file_beside_what_is_served(life: Home):
+    (served,) = life.models.glob("default/*")
+    write(served / "group.bin")
+    assert [path for path, _ in found(life)] == [f"models/default/{served.name}/group.bin"]
 
 
 def test_a_link(life: Home, tmp_path: Path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from homespun.clock import ManualClock
-from homespun.device.models import RECORD_FILE, open_models
+from homespun.device.home import SERVING_FILE
+from homespun.device.models import open_models
 from homespun.device.serving import Record
 from homespun.device.slots import Failure
 from homespun.device.status import read_status
@@ -94,7 +95,7 @@ def refusals(device: Device) -> list[tuple[str, str]]:
 
 def predicted(device: Device, release: str, seconds: float) -> None:
     """As if the app had predicted with what is served."""
-    record = Record(device.home.models / RECORD_FILE)
+    record = Record(device.home.models / SERVING_FILE)
     record.finish(record.begin("default", release), "default", release, seconds)
     record.close()
 
@@ -174,7 +175,7 @@ def test_the_control_band_tells_failures_of_what_it_serves_since_then(device: De
     canary(device, CONTROL)
     check_in(device)
     before = Failure(release="old", version="v1", content="", during="old", reason="long ago")
-    record = Record(device.home.models / RECORD_FILE)
+    record = Record(device.home.models / SERVING_FILE)
     record.change("default", lambda s: msgspec.structs.replace(s, failed=(before,)))
     active = record.slots("default").active
     assert active is not None

@@ -28,6 +28,8 @@ from homespun.protocol.eligibility import Policy
 from homespun.protocol.messages import Name, RetryWindow, Seconds
 from homespun.protocol.pacing import PERMANENT_ERROR, TRANSIENT_ERROR
 
+SERVING_FILE = "serving.db"
+"""Which models are served, below `models`."""
 TEMPORARY = ".tmp"
 """Suffix of a file that is not yet what its name says; `cleaning` removes those that a crash left."""
 
@@ -89,13 +91,17 @@ class Home:
         return self.root / "models"
 
     @property
+    def serving_file(self) -> Path:
+        return self.models / SERVING_FILE
+
+    @property
     def work(self) -> Path:
         return self.root / "work"
 
     @property
     def databases(self) -> tuple[Path, ...]:
         """Of SQLite, which puts files of its own beside them."""
-        return (self.examples_file, self.journal_file)
+        return (self.examples_file, self.journal_file, self.serving_file)
 
     @property
     def written_files(self) -> tuple[Path, ...]:

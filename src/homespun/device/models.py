@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from homespun.device.child import try_model
 from homespun.device.home import (
+    SERVING_FILE,
     TEMPORARY,
     Home,
     Settings,
@@ -57,7 +58,6 @@ from homespun.types import FloatArray, Hash
 if TYPE_CHECKING:  # they load ONNX Runtime
     from homespun.plan.suggest import Suggester, Suggestion
 
-RECORD_FILE = "serving.db"
 PLAN_FILE = "plan.zip"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER_BYTES = 1 << 20
@@ -79,7 +79,7 @@ class Models:
     ) -> None:
         self._root, self._population, self.salt = root, population, salt
         self._keys = tuple(base64.b64decode(key) for key in publisher_keys)
-        self._record = Record(root / RECORD_FILE)
+        self._record = Record(root / SERVING_FILE)
         self._loaded: tuple[Path, Suggester] | None = None
         self._lock = Lock()
 
@@ -270,7 +270,7 @@ class Models:
     def unserved(self) -> list[Path]:
         """Whatever lies here and is not served: what a crash left, or was superseded."""
         served = self.served()
-        half = self._root / (RECORD_FILE + TEMPORARY)
+        half = self._root / (SERVING_FILE + TEMPORARY)
         found = [half] if half.exists() else []
         for directory in self._root.glob("*/"):
             kept = served.get(directory.name, Slots()).kept

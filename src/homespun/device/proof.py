@@ -19,7 +19,7 @@ from homespun.clock import Clock
 from homespun.device.cleaning import left_over
 from homespun.device.home import Home, storage
 from homespun.device.journal import SCHEMA
-from homespun.device.models import CHECKPOINT_FILE, PLAN_FILE, POINTER_FILE, Models, open_models
+from homespun.device.models import CHECKPOINT_FILE, PLAN_FILE, Models, open_models
 from homespun.device.status import read_status
 from homespun.protocol.session import Session
 from homespun.protocol.session import SessionState as S
@@ -126,13 +126,11 @@ class _Look:
         home = self._home
         if path.is_symlink():
             return False
-        if path.parent == home.root:
-            beside = (each for database in home.databases for each in _companions(database))
-            return path in (*home.written_files, *home.databases, *beside)
+        beside = (each for database in home.databases for each in _companions(database))
+        if path in (*home.written_files, home.log_file, *home.databases, *beside):
+            return True
         place = path.relative_to(home.root).parts
-        if place[0] != home.models.name:
-            return False
-        return place[2:] == (POINTER_FILE,) or place[3:] in ((PLAN_FILE,), (CHECKPOINT_FILE,))
+        return place[0] == home.models.name and place[3:] in ((PLAN_FILE,), (CHECKPOINT_FILE,))
 
     # --- databases ----------------------------------------------------------------------------------------
 

@@ -235,6 +235,7 @@ class Record:
         beside.unlink(missing_ok=True)
         with closing(sqlite3.connect(beside, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA secure_delete = ON")
             db.executescript(_SCHEMA)
         beside.chmod(0o600)
         beside.replace(self._path)
