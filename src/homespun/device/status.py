@@ -18,8 +18,16 @@ from homespun.device.models import Models
 from homespun.device.offers import Judge, Offered, Reason
 from homespun.errors import StorageFailure
 from homespun.protocol.eligibility import Conditions
-from homespun.protocol.session import Session
+from homespun.protocol.session import Session, SessionState
 from homespun.types import Hash
+
+IN_SESSION = frozenset(SessionState) - {
+    SessionState.WAITING,
+    SessionState.ELIGIBLE,
+    SessionState.CHECKED_IN,
+    SessionState.REJECTED,
+}
+"""States in which the device has been given something to do, or has yet to put away what it did."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
