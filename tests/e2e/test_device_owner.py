@@ -134,7 +134,7 @@ def test_verifying_and_forgetting_while_it_trains(server: Server, device: Device
     assert "work/" + session.name not in done.stdout
     refused = homespun("device", "forget", "--dir", device.home.root, "--yes")
     assert_fails(refused, "conflict", "another process is running the device")
-    assert why(device)["text"][0] == "taking part in train: it trains, for round 1"
+    assert why(device)["text"][0] == "taking part in round 1 of train: training"
     device.process.terminate()
     printed("device", "forget", "--dir", device.home.root, "--yes")
     assert not list(device.home.root.glob("examples.db*"))

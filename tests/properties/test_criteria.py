@@ -41,7 +41,7 @@ def comparisons(draw: st.DrawFn) -> Comparison:
 queries = st.builds(
     ExampleQuery,
     collection=st.sampled_from(["default", "other"]),
-    where=st.lists(comparisons(), max_size=3).map(tuple),
+    where=st.lists(comparisons(), max_size=2).map(tuple),
     max_age_s=st.one_of(st.none(), st.integers(0, 30).map(float)),
 )
 operations = st.one_of(
@@ -49,7 +49,8 @@ operations = st.one_of(
         st.just("add"), st.sampled_from(["default", "other"]), st.lists(examples, max_size=5)
     ),
     st.tuples(st.just("delete"), st.integers(0, 30), st.none()),
-    st.tuples(st.just("ask"), queries, st.booleans()),
+    st.tuples(st.just("ask"), st.integers(0, 2), st.just(False)),
+    st.tuples(st.just("ask"), st.integers(0, 2), st.booleans()),
 )
 
 
@@ -73,9 +74,10 @@ def naive(query: ExampleQuery, example: dict[str, Any]) -> bool:
     return True
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(operations, max_size=25))
-def test_the_store_agrees_with_a_loop(steps: list[tuple[Any, Any, Any]]):
+@settings(max_examples=60, deadline=None)
+@given(st.lists(queries, min_size=3, max_size=3), st.lists(operations, min_size=10, max_size=30))
+def test_the_store_agrees_with_a_loop(asked: list[ExampleQuery], steps: list[tuple[Any, Any, Any]]):
+    """Three queries are asked again and again, so that what is remembered of them is put to use."""
     with tempfile.TemporaryDirectory() as root:
         store = ExampleStore(Path(root) / "examples.db", Path(root) / "store.key", "salt")
         for collection in ("default", "other"):
@@ -88,7 +90,7 @@ def test_the_store_agrees_with_a_loop(steps: list[tuple[Any, Any, Any]]):
             elif what == "delete":
                 store.delete(before=now - first)
             else:
-                query, side = first, second
+                query, side = asked[first], second
                 assert undecided(query, store._fields(query.collection)) == ""
                 oldest = now - query.max_age_s if query.max_age_s is not None else 0.0
                 expected = [

@@ -76,10 +76,13 @@ def test_every_rule_has_words():
     [
         ("min_group", "sets no rule"),
         ("min_groop=3", "sets no rule"),
-        ("min_group=three", "min_group is a number"),
+        ("min_group=three", "cannot be changed so.*min_group"),
+        ("min_group=yes", "cannot be changed so.*min_group"),
+        ("min_group=none", "cannot be changed so.*min_group"),
+        ("min_group=3.5", "cannot be changed so.*min_group"),
         ("min_group=0", "cannot be changed so.*min_group"),
         ("max_daily_bytes=-1", "cannot be changed so.*max_daily_bytes"),
-        ("is_enabled=perhaps", "is_enabled is yes or no"),
+        ("is_enabled=perhaps", "cannot be changed so.*is_enabled"),
         ("populations=Not A Name", "cannot be changed so.*populations"),
     ],
 )

@@ -122,7 +122,7 @@ def test_in_a_session_and_after_it(device: Device, server: FakeServer):
     server.open_round(criteria=Criteria(min_examples=3, min_separation_s=86_400.0))
     device.run_to(S.TRAINING)
     found = why(device)
-    assert found.text == ("taking part in train-digits: it trains, for round 1",)
+    assert found.text == ("taking part in round 1 of train-digits: training",)
     assert found.waiting_for == "the end of the round"
     device.run_session()
     for number in (1, 2):  # running, and after it was killed

@@ -19,7 +19,7 @@ from homespun.protocol.eligibility import Policy
 
 log = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.5
-_WORDS = {"yes": True, "no": False, "true": True, "false": False, "on": True, "off": False}
+_WORDS = {"yes": True, "no": False, "on": True, "off": False, "none": None}
 
 
 class CurrentPolicy:
@@ -76,7 +76,8 @@ def set_policy(home: Home, assignments: Iterable[str]) -> Policy:
     settings = home.settings()
     changes = dict(_parsed(each) for each in assignments)
     try:
-        policy = msgspec.convert({**msgspec.to_builtins(settings.policy), **changes}, Policy)
+        before = msgspec.to_builtins(settings.policy)
+        policy = msgspec.convert({**before, **changes}, Policy, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidConfig(
             f"the policy cannot be changed so: {error}", hint="nothing was changed"
@@ -100,17 +101,9 @@ def _parsed(assignment: str) -> tuple[str, object]:
             f"{assignment!r} sets no rule of the policy",
             hint="write NAME=VALUE; rules are " + ", ".join(Policy.__struct_fields__),
         )
-    default = getattr(Policy(), name)
-    if isinstance(default, bool):
-        if text.lower() not in _WORDS:
-            raise InvalidConfig(f"{name} is yes or no", got=text)
-        return name, _WORDS[text.lower()]
-    if isinstance(default, tuple):
+    if isinstance(getattr(Policy(), name), tuple):
         return name, [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        return name, type(default)(text)
-    except ValueError as error:
-        raise InvalidConfig(f"{name} is a number", got=text) from error
+    return name, _WORDS.get(text.lower(), text)
 
 
 def in_words(policy: Policy) -> list[tuple[str, str, str]]:

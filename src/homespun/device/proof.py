@@ -20,14 +20,12 @@ from homespun.device.cleaning import left_over
 from homespun.device.home import Home, storage
 from homespun.device.journal import SCHEMA
 from homespun.device.models import CHECKPOINT_FILE, PLAN_FILE, Models, open_models
-from homespun.device.status import read_status
-from homespun.protocol.session import Session
-from homespun.protocol.session import SessionState as S
+from homespun.device.status import IN_SESSION, read_status
+from homespun.protocol.session import Session, SessionState
 
 LOOKS = 3
 BETWEEN_S = 0.2
 _RECORD = re.compile(rb'"session_id":"([^"]*)"')
-_IN_SESSION = frozenset(S) - {S.WAITING, S.ELIGIBLE, S.CHECKED_IN, S.REJECTED}
 _NOT_OVER = {
     "the assignment of a session that is over": """
         SELECT session_id FROM participation
@@ -109,7 +107,7 @@ class _Look:
             size_bytes=sum(_size(path) for path in files if path not in aside),
             num_rows=self._num_rows,
             num_free_pages=self._num_free_pages,
-            under_way=kept if self._session.state in _IN_SESSION else "",
+            under_way=kept if self._session.state in IN_SESSION else "",
             num_files_under_way=len(aside),
             left=tuple(sorted(set(self._left))),
         )
@@ -211,7 +209,7 @@ def _companions(path: Path) -> tuple[Path, ...]:
 def _session(home: Home) -> tuple[bool, Session]:
     """Whether a process runs the device, and the session under way: as the process says, or as the journal has it."""
     status = read_status(home)
-    nobody = Session(session_id="", population="", state=S.WAITING, started_at=0.0)
+    nobody = Session(session_id="", population="", state=SessionState.WAITING, started_at=0.0)
     if not home.journal_file.exists():
         return False, nobody
     try:
@@ -224,10 +222,10 @@ def _session(home: Home) -> tuple[bool, Session]:
             raise
     except (sqlite3.DatabaseError, msgspec.MsgspecError):
         return False, nobody  # damaged: that is found when it is read
-    if status is None or status.state not in list(S):
+    if status is None or status.state not in list(SessionState):
         return True, nobody
     return True, msgspec.structs.replace(
-        nobody, session_id=status.session_id, state=S(status.state)
+        nobody, session_id=status.session_id, state=SessionState(status.state)
     )
 
 

@@ -19,8 +19,16 @@ from homespun.device.offers import Judge, Offered, Reason
 from homespun.device.serving import PROBATION
 from homespun.errors import StorageFailure
 from homespun.protocol.eligibility import Conditions
-from homespun.protocol.session import Session
+from homespun.protocol.session import Session, SessionState
 from homespun.types import Hash
+
+IN_SESSION = frozenset(SessionState) - {
+    SessionState.WAITING,
+    SessionState.ELIGIBLE,
+    SessionState.CHECKED_IN,
+    SessionState.REJECTED,
+}
+"""States in which the device has been given something to do, or has yet to put away what it did."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from homespun.device.journal import Journal
 from homespun.device.measured import measured
 from homespun.device.models import open_models
 from homespun.device.offers import Offered
-from homespun.device.status import Status, read_status
+from homespun.device.status import IN_SESSION, Status, read_status
 from homespun.errors import Conflict
 from homespun.protocol.eligibility import (
     Check,
@@ -32,17 +32,7 @@ from homespun.protocol.eligibility import (
     refusals,
 )
 from homespun.protocol.messages import Criteria, TaskKind
-from homespun.protocol.session import SessionState as S
-
-_IN_SESSION = {
-    S.ASSIGNED: "starts",
-    S.DOWNLOADING: "downloads the plan and the model",
-    S.VERIFIED: "starts to train",
-    S.TRAINING: "trains",
-    S.PACKAGED: "has trained",
-    S.INTENT: "is about to report",
-    S.REPORTING: "reports",
-}
+from homespun.protocol.session import SessionState
 
 
 class TaskWhy(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +55,8 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
     population: str
     is_running: bool
     state: str
-    text: tuple[str, ...]
-    waiting_for: str
+    text: tuple[str, ...] = ()
+    waiting_for: str = ""
     checks: tuple[Check, ...]
     tasks: tuple[TaskWhy, ...]
     checked_in_at: float | None
@@ -77,30 +67,28 @@ def explain(home: Home, clock: Clock) -> Why:
     """The answer for this moment. Raises `InvalidConfig` if this is no device, `StorageFailure`."""
     settings, status, now = home.settings(), read_status(home), clock.now()
     is_running, retry_at, offered = _recorded(home, settings, status, now)
-    with _source(home, settings, status if is_running else None, now) as source:
+    running = status if is_running else None
+    with _source(home, settings, running, now) as source:
         conditions = source.read(now)
     checks = (
         check_population(settings.policy, settings.population),
         *check_conditions(Criteria().requires, conditions, settings.policy),
     )
-    tasks = tuple(_judged(home, settings, offered, conditions, now))
-    state = status.state if status is not None and is_running else "stopped"
     why = Why(
         device_id=settings.device_id,
         population=settings.population,
         is_running=is_running,
-        state=state,
-        text=(),
-        waiting_for="",
+        state=running.state if running else "stopped",
         checks=checks,
-        tasks=tasks,
-        checked_in_at=None if status is None else status.checked_in_at,
-        retry_at=retry_at if retry_at is not None and retry_at > now else None,
+        tasks=tuple(_judged(home, settings, offered, conditions, now)),
+        checked_in_at=status.checked_in_at if status else None,
+        retry_at=retry_at if retry_at and retry_at > now else None,
     )
+    session = running if running and running.state in IN_SESSION else None
     return msgspec.structs.replace(
         why,
-        text=tuple(_sentences(why, status, now)),
-        waiting_for=_waiting_for(why, now),
+        text=tuple(_sentences(why, session, now)),
+        waiting_for=_waiting_for(why, session, now),
     )
 
 
@@ -160,15 +148,14 @@ def _judged(
         examples.close()
 
 
-def _sentences(why: Why, status: Status | None, now: float) -> Iterable[str]:
+def _sentences(why: Why, session: Status | None, now: float) -> Iterable[str]:
     against = refusals(why.checks)
-    if why.state in _IN_SESSION and status is not None:
-        doing = _IN_SESSION[S(why.state)]
-        yield f"taking part in {status.task}: it {doing}, for round {status.round_number}"
+    if session is not None:
+        yield f"taking part in round {session.round_number} of {session.task}: {session.state}"
     elif against:
         yield "not asking the server for work: " + "; ".join(check.text for check in against)
     for task in why.tasks:
-        if not (why.state in _IN_SESSION and status is not None and status.task == task.task):
+        if session is None or session.task != task.task:
             yield task.text
     if why.checked_in_at is None:
         yield "it has not checked in yet, so no task is known"
@@ -177,7 +164,7 @@ def _sentences(why: Why, status: Status | None, now: float) -> Iterable[str]:
         yield f"the server had no task to offer at the last check-in, {ago} ago"
 
 
-def _waiting_for(why: Why, now: float) -> str:
+def _waiting_for(why: Why, session: Status | None, now: float) -> str:
     against = refusals(why.checks)
     if not why.is_running:
         return "a process that runs the device: homespun device run"
@@ -187,8 +174,8 @@ def _waiting_for(why: Why, now: float) -> str:
         return "the device to be " + " and ".join(condition_in_words(each.name) for each in against)
     if why.retry_at is not None:
         return f"the next check-in, in {duration(why.retry_at - now)}"
-    if why.state in _IN_SESSION:
+    if session is not None:
         return "the end of the round"
-    if why.state == S.CHECKED_IN:
+    if why.state == SessionState.CHECKED_IN:
         return "the draw of the devices that take part in the round"
     return "the server's offers"
