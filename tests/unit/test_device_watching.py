@@ -237,3 +237,13 @@ def test_a_device_of_the_stage_waits_until_it_has_the_release(device: Device, se
     ((code, text),) = refusals(device)
     assert (code, text) == ("not_watched", "the release that is watched is not here yet")
     assert server.reports == {}
+
+
+def test_a_control_device_that_serves_nothing_has_nothing_to_say(device: Device):
+    device.server.releases.clear()
+    canary(device, CONTROL)
+    device.server.deployed.clear()
+    check_in(device)
+    watch(device)
+    ((code, text),) = refusals(device)
+    assert (code, text.split()[:4]) == ("not_watched", ["the", "device", "serves", "nothing"])
