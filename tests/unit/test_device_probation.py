@@ -14,7 +14,7 @@ import pytest
 from homespun.clock import ManualClock
 from homespun.device import models as module
 from homespun.device.models import CRASHED, Models
-from homespun.device.serving import PROBATION, Record, Usage
+from homespun.device.serving import PROBATION, Usage
 from homespun.errors import NotFound, StorageFailure
 from homespun.plan import features, run
 from homespun.plan.suggest import Suggester
@@ -147,19 +147,30 @@ def test_off_probation_there_are_no_notes(updated: Models):
     assert (served(updated), reasons(updated)) == ("b", [])
 
 
-def test_what_the_app_breaks_off_is_not_the_models_failure(
-    updated: Models, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Suggester, "suggest", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            updated.predict("thank you")
-    assert not Record(updated._root / module.SERVING_FILE).crashed("default", "b")
+def test_what_the_app_breaks_off_is_not_the_models_failure(updated: Models):
+    interrupted = """
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+Suggester.suggest = interrupted
+try:
+    models.predict("thank you")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    assert app(updated, interrupted).stdout == "interrupted\n"
+    updated.settle()
     assert updated.predict("thank you")
     assert (served(updated), reasons(updated)) == ("b", [])
+
+
+def test_a_failure_of_what_is_not_served_any_more_changes_nothing(
+    updated: Models, server: FakeServer
+):
+    old = updated.slots("default").active
+    assert old is not None
+    install(updated, server, server.release(KEYBOARD, FIRST, 3, release_id="c"))
+    updated.withdraw("default", old, ValueError())  # found by a process that had not noticed
+    assert (served(updated), reasons(updated)) == ("c", [])
 
 
 def test_any_exception_of_the_runtime_is_a_failure(
@@ -258,13 +269,13 @@ def test_statistics_survive_the_end_of_the_process(updated: Models):
 
 def test_a_fork_has_a_connection_of_its_own(updated: Models):
     updated.predict("thank you")
-    child = os.fork()
+    before, child = updated._record._db(), os.fork()
     if child == 0:
         try:
             updated.predict("thank you")
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(int(updated._record._db() is before))
+    assert os.waitpid(child, 0)[1] == 0
     assert usage(updated).num_predictions == 2
 
 

@@ -68,10 +68,17 @@ def check_in(device: Device) -> None:
         device.step()
 
 
-def watch(device: Device, number: int = 1, release_id: str = "new") -> str:
+def watch(
+    device: Device, number: int = 1, release_id: str = "new", min_predictions: int = 0
+) -> str:
     """Open a round that watches; the name of its assignment."""
     offer = device.server.open_round(number, kind=TaskKind.EVALUATE, encoding=ENCODING)
-    wanted = Watch(slot="default", release_id=release_id, max_latency_s=0.25)
+    wanted = Watch(
+        slot="default",
+        release_id=release_id,
+        max_latency_s=0.25,
+        min_predictions=min_predictions,
+    )
     device.server.offers = [msgspec.structs.replace(offer, watch=wanted)]
     return f"evaluate-{number}-1"
 
@@ -203,7 +210,7 @@ def test_a_device_reports_once_on_a_release_even_after_a_crash(device: Device, s
 def test_it_is_said_through_secure_aggregation(device: Device, server: FakeServer):
     canary(device, STAGE)
     check_in(device)
-    watch = Watch(slot="default", release_id="new")
+    watch = Watch(slot="default", release_id="new", min_predictions=0)
     server.open_secure_round(kind=TaskKind.EVALUATE, watch=watch)
     device.run_to(SessionState.INTENT)
     body = report(device)
@@ -238,3 +245,34 @@ def test_a_device_of_the_stage_waits_until_it_has_the_release(device: Device, se
     ((code, text),) = refusals(device)
     assert (code, text) == ("not_watched", "the release that is watched is not here yet")
     assert server.reports == {}
+
+
+def test_a_control_device_that_serves_nothing_has_nothing_to_say(device: Device):
+    device.server.releases.clear()
+    canary(device, CONTROL)
+    device.server.deployed.clear()
+    check_in(device)
+    watch(device)
+    ((code, text),) = refusals(device)
+    assert (code, text.split()[:4]) == ("not_watched", ["the", "device", "serves", "nothing"])
+
+
+@pytest.mark.parametrize(("place", "release"), [(STAGE, "new"), (CONTROL, "old")])
+def test_it_speaks_after_the_model_was_used(
+    place: tuple[float, float], release: str, device: Device
+):
+    canary(device, place)
+    check_in(device)
+    for used in range(3):
+        watch(device, min_predictions=3)
+        text = f"{used} predictions; the device speaks after 3"
+        assert refusals(device) == [("not_watched", text)]
+        predicted(device, release, 0.01)
+    assert reported(device, watch(device, min_predictions=3))
+
+
+def test_or_after_it_failed(device: Device):
+    canary(device, STAGE, NAN)
+    check_in(device)
+    said = reported(device, watch(device, min_predictions=3))
+    assert said["stage.failed"] == MetricSum(1.0, 1.0)

@@ -1,8 +1,8 @@
 """Watching a release while it is on its way: what its stage and its control band say of the model that they serve.
 
 A device says how its model does on its held-out examples, how long a prediction takes, and whether the release failed
-here; through secure aggregation, so only sums over many devices are ever known. It downloads nothing for that, and says
-it once for each release.
+here; through secure aggregation, so only sums over many devices are ever known. It downloads nothing for that. It says
+it once for each release, so it waits until the model has been used or has failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from homespun.learning.metrics import MetricSum, watched_names
 from homespun.plan import features
 from homespun.plan.package import Plan
 from homespun.protocol.messages import Watch
-from homespun.protocol.selection import CONTROL, STAGE, arm
+from homespun.protocol.selection import STAGE, arm
 from homespun.types import Tree
 
 
@@ -35,9 +35,9 @@ class Watcher:
 
     def _place(self, slots: Slots) -> tuple[str | None, str]:
         """The arm that the device is in, and why it has nothing to say (empty: it has)."""
-        newest, active, release = slots.newest, slots.active, self.watch.release_id
+        newest, active, watch = slots.newest, slots.active, self.watch
         not_here = "the release that is watched is not here yet"
-        if newest is None or newest.release_id != release:
+        if newest is None or newest.release_id != watch.release_id:
             return None, not_here
         place = arm(newest, self.models.salt)
         if place is None:
@@ -45,12 +45,23 @@ class Watcher:
                 None,
                 "the release is neither for this device yet nor compared with what it serves",
             )
-        is_served = active is not None and name_of(active) == release
-        if place == STAGE and not is_served and not _failed(slots, release):
-            return place, not_here
-        if place == CONTROL and active is None:
+        if self._has_failed(slots, place):
+            return place, ""
+        if active is None:
             return place, "the device serves nothing that the release could be compared with"
+        if place == STAGE and name_of(active) != watch.release_id:
+            return place, not_here
+        used = self.models.usage(watch.slot, active).num_predictions
+        if used < watch.min_predictions:
+            return place, f"{used} predictions; the device speaks after {watch.min_predictions}"
         return place, ""
+
+    def _has_failed(self, slots: Slots, place: str | None) -> bool:
+        """The release itself, in its stage; in the control band, what was served since the release came."""
+        release = self.watch.release_id
+        if place == STAGE:
+            return any(failure.release == release for failure in slots.failed)
+        return any(failure.during == release for failure in slots.failed)
 
     def metrics(
         self, examples: Sequence[dict[str, Any]], should_stop: Callable[[], bool]
@@ -76,11 +87,7 @@ class Watcher:
                 return None
             mean_s = models.usage(watch.slot, active).mean_s
             values["latency"] = None if mean_s is None else min(mean_s, watch.max_latency_s)
-        values["failed"] = float(
-            _failed(slots, watch.release_id)
-            if place == STAGE
-            else any(failure.during == watch.release_id for failure in slots.failed)
-        )
+        values["failed"] = float(self._has_failed(slots, place))
         sums = dict.fromkeys(watched_names(), MetricSum(0.0, 0.0))
         for name, value in values.items():
             if value is not None:
@@ -101,7 +108,3 @@ def primary(
     rows = features.encode(plan.manifest, plan.assets, examples)
     sums = run.evaluate(plan, checkpoint, rows, should_stop)
     return sums[plan.manifest.metrics[0]].mean if sums else 0.0
-
-
-def _failed(slots: Slots, release: str) -> bool:
-    return any(failure.release == release for failure in slots.failed)

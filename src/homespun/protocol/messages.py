@@ -155,12 +155,14 @@ class Watch(Message, frozen=True, kw_only=True):
     how the model does that they serve.
 
     `slot`: whose model; `release_id`: the release that is watched; `max_latency_s`: a prediction that takes longer
-    counts as this.
+    counts as this; `min_predictions`: a device that speaks once says nothing before what it serves has been used so
+    often, or has failed.
     """
 
     slot: Name
     release_id: str
     max_latency_s: Annotated[float, Meta(gt=0, le=60)] = 0.1
+    min_predictions: Count = 20
 
 
 # --- enrolment ----------------------------------------------------------------------------------------
