@@ -43,7 +43,7 @@ from homespun.tensors.codec import digest, encode_tree
 
 TEXTS = [f"thank you for the {n} fish and the bread that you gave to the cat" for n in range(200)]
 KEY_EVERY_S = 0.02
-STARTED_S = 2.0
+STARTED_S = 1.0
 """Processor time after which a child surely trains."""
 
 
