@@ -1,7 +1,8 @@
 """The real command, in a process that dies where a test says, and whose conditions hold while a test says so.
 
 `python -m tests.e2e.drill SCRIPT device run ...`: is killed right after the journal has recorded one of the states in
-SCRIPT, which is then struck out. While SCRIPT.in-use exists, somebody uses the device.
+SCRIPT, which is then struck out. While SCRIPT.in-use exists, somebody uses the device. It asks often whether its report
+is still wanted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from homespun.cli.main import main
+from homespun.device import wanted
 from homespun.device.conditions import ScriptedConditions
 from homespun.device.journal import Journal
 from homespun.protocol.eligibility import CONDITIONS, Conditions
@@ -46,8 +48,9 @@ def drill(script: Path) -> None:
     def read(conditions: ScriptedConditions, now: float) -> Conditions:
         return dict.fromkeys(CONDITIONS, not in_use(script).exists())
 
-    Journal.save, Journal.finish = save_and_die, finish_and_die  # type: ignore[method-assign]
-    ScriptedConditions.read = read  # type: ignore[method-assign]
+    wanted.ASK_EVERY_S = 0.5
+    Journal.save, Journal.finish = save_and_die, finish_and_die  # type: ignore[method-assign, assignment]
+    ScriptedConditions.read = read  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tests.e2e import drill
 from tests.e2e.companions import companions
 from tests.e2e.processes import MIN_GROUP, Device, Process, Server, eventually
 from tests.e2e.test_device_process import (
+    ENDLESS,
     KEYBOARD,
     create_task,
     make_device,
@@ -197,13 +198,30 @@ def test_a_device_that_is_picked_up_stops_within_two_seconds_and_resumes(
     picked_up = time.monotonic()
     eventually(lambda: not victim.children(), "nothing trains any more")
     assert time.monotonic() - picked_up < 2.0
-    paused = eventually(lambda: victim.status().num_pauses and victim.status(), "it says so")
+    assert "onnxruntime" not in Path(f"/proc/{victim.process.pid}/maps").read_text()
+    eventually(lambda: victim.status().verdict.startswith("paused"), "it says so")
+    paused = victim.status()
+    assert paused.num_pauses == 1
     assert paused.state == "training"
     assert paused.verdict.startswith("paused: the device is not idle")
     assert 0 < paused.longest_stop_s < 2.0
     drill.in_use(victim.script).unlink()
     eventually(victim.children, "it trains again")
     assert victim.status().num_resumes == 1
+
+
+def test_a_device_stops_its_work_when_the_goal_is_reached_without_it(
+    server: Server, victim: Victim
+):
+    plan_hash = server.client.push_plan(ENDLESS.to_bytes()).hash
+    more_than_needed = (MIN_GROUP + 1) / MIN_GROUP
+    task = create_task(server, victim, plan_hash, over_selection=more_than_needed)
+    with companions(server, ENDLESS, MIN_GROUP) as others:
+        others.take_part(task)
+    eventually(lambda: victim.outcomes() == [("train", 1, "late")], "it hears of it")
+    (session,) = victim.status().sessions
+    assert session.reason == "the server wants no more reports"
+    victim.assert_clean()
 
 
 def test_a_child_dies_with_its_parent_and_the_next_start_carries_on(server: Server, victim: Victim):

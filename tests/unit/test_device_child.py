@@ -201,12 +201,14 @@ def test_a_model_is_tried_and_one_without_numbers_is_refused(
     assert child.try_model(model(tmp_path))
     with pytest.raises(NumericFailure, match="not finite"):
         child.try_model(model(tmp_path, float("inf")))
+    monkeypatch.setattr(child, "LEAST_GRACE_S", 0.0)
     monkeypatch.setattr(child, "GRACE_S", 0.0)
     assert not child.try_model(model(tmp_path), lambda: True)
 
 
 def test_a_model_that_never_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(child, "TRIAL_S", 0.0)
+    monkeypatch.setattr(child, "LEAST_GRACE_S", 0.0)
     monkeypatch.setattr(child, "GRACE_S", 0.0)
     with pytest.raises(PlanCrashed, match="no prediction within"):
         child.try_model(model(tmp_path))

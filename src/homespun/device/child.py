@@ -30,7 +30,8 @@ from homespun.types import Hash
 TICK_S = 0.1
 """How often it is asked whether to stop."""
 GRACE_S = 1.0
-"""What a child that was asked to stop gets for its step and its step checkpoint."""
+"""What a child that is asked to stop gets for its step and its step checkpoint, less what it took to find that out."""
+LEAST_GRACE_S = 0.2
 TRIAL_S = 60.0
 """A model that has not given one prediction by then is not served."""
 FAILED = 70
@@ -97,9 +98,10 @@ def work_on(job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
     child = _Child(job)
     try:
         while not child.has_ended(TICK_S):
+            began = time.monotonic()
             if should_stop():
                 child.ask_to_stop()
-                if child.has_ended(GRACE_S):
+                if child.has_ended(max(LEAST_GRACE_S, began + GRACE_S - time.monotonic())):
                     break
                 return None
         return child.outcome()
@@ -205,5 +207,6 @@ def _step_back(pid: int) -> None:
             process.nice(19)
         if sys.platform == "linux":
             process.ionice(psutil.IOPRIO_CLASS_IDLE)
-            # Desktop kernels share the processor by session first, where nice does not count.
-            Path(f"/proc/{pid}/autogroup").write_text("19")
+            # Desktop kernels share the processor by session first, where nice does not count: a tenth of
+            # another session's share, so that work ends before its deadline beside somebody's nightly job.
+            Path(f"/proc/{pid}/autogroup").write_text("10")

@@ -39,6 +39,11 @@ def status(directory: Path = DirOption, as_json: bool = JsonOption) -> None:
         ("traffic", f"{size(found.bytes_up)} up, {size(found.bytes_down)} down"),
         ("memory", f"at most {size(found.peak_memory_bytes)}"),
         *(
+            [("paused", f"{found.num_pauses} times, longest stop {found.longest_stop_s:.1f} s")]
+            if found.num_pauses
+            else []
+        ),
+        *(
             ("took part", f"{p.task_name}, round {p.round_number}: {p.outcome} {p.reason}".strip())
             for p in found.sessions
         ),
