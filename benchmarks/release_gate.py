@@ -372,7 +372,7 @@ def stage_sees(gate: Gate, ours: Real, theirs: Real, *, worse: bool, every: int 
         log_wealth(*gate.distances(side, upward=upward), max(place + gate.step, 1e-9))
         for side, upward, place in zip((own, control), (not worse, worse), places, strict=True)
     )
-    possible = bound >= log_limit
+    possible = np.asarray(bound >= log_limit)
     ask = gate.shows_less if worse else gate.shows_more
     seen = np.zeros(possible.shape, np.bool_)
     seen[possible] = ask(picked(own, possible), picked(control, possible))

@@ -16,6 +16,7 @@ import structlog
 
 from homespun.errors import (
     Conflict,
+    HomespunError,
     InvalidConfig,
     NumericFailure,
     PlanError,
@@ -120,9 +121,16 @@ class ReleaseDesk:
 
     def advance(self, now: float) -> list[ReleaseRecord]:
         """Move every release that is on its way; those that moved."""
-        before = self._store.releases.on_the_way()
-        after = [self._advance(release, now) for release in before]
-        return [new for old, new in zip(before, after, strict=True) if new != old]
+        moved = []
+        for release in self._store.releases.on_the_way():
+            try:
+                after = self._advance(release, now)
+            except HomespunError as error:  # the others go on
+                log.warning("a release cannot go on", id=release.release_id, reason=str(error))
+                continue
+            if after != release:
+                moved.append(after)
+        return moved
 
     def _advance(self, release: ReleaseRecord, now: float) -> ReleaseRecord:
         while True:

@@ -70,8 +70,11 @@ class Releases:
                 )
             _require_rest(connection, request.population, request.slot)
             incumbent = connection.execute(
-                select(releases.c.release_id).where(slot, releases.c.state == S.DEPLOYED)
-            ).scalar()
+                select(releases).where(slot, releases.c.state == S.DEPLOYED)
+            ).first()
+            if incumbent is not None:  # one plan runs both, or they could not be compared
+                served = _request(incumbent.request).checkpoint
+                require_checkpoints(connection, request.plan_hash, (served,))
             connection.execute(
                 insert(releases).values(
                     release_id=release_id,
@@ -82,7 +85,7 @@ class Releases:
                     state=S.TRAINED,
                     stage=0,
                     since=now,
-                    incumbent_id=incumbent,
+                    incumbent_id=incumbent and incumbent.release_id,
                     reason="",
                     created_at=now,
                 )
