@@ -221,6 +221,19 @@ def test_nothing_is_said_of_fewer_devices_than_are_ever_summed(shipped):
         assert (found.reported.num_devices, found.control) == (3, Reported())
 
 
+def test_reports_that_cannot_be_hold_a_release_until_a_person_looks(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    for device in devices:
+        device.clips = False
+        device.models[better] = Model(0.95)
+    release = world.release(plan, better, "2", **terms())
+    view = follow(world, devices, release, {"held", "canary"})
+    assert (view.state, view.held_from, view.evidence) == ("held", "evaluating", None)
+    assert "clipped" not in view.reason
+    assert view.reason.startswith("its reports cannot be used: no reports within the bounds")
+    assert operate(world, release, "roll-back").state == "rolled_back"
+
+
 def test_what_another_plan_runs_cannot_be_compared(shipped):
     world, *_ = shipped
     other = world.plan.with_settings(clip_norm=1.0)
@@ -497,6 +510,10 @@ def test_what_does_not_fit_a_device_is_rejected_before_anybody_is_asked(shipped)
 def test_a_version_means_one_thing(shipped):
     world, plan, (good, better, *_), _ = shipped
     assert world.release(plan, good, "1").sequence == 1  # repeating it changes nothing
+    again = [world.release(plan, better, "2", **terms()) for _ in range(2)]
+    assert again[0] == again[1]
+    operate(world, again[0], "roll-back")
+    assert world.release(plan, better, "2", **terms()).state == "rolled_back"
     with pytest.raises(Conflict, match="version 1"):
         world.release(plan, better, "1")
     with pytest.raises(NotFound, match="checkpoint"):

@@ -92,6 +92,16 @@ class Releases:
             )
             return _get(connection, release_id)
 
+    def has(self, population: str, slot: str, version: str) -> bool:
+        """Whether this version was ever begun."""
+        query = select(releases.c.release_id).where(
+            releases.c.population == population,
+            releases.c.slot == slot,
+            releases.c.version == version,
+        )
+        with self._database.read() as connection:
+            return connection.execute(query).first() is not None
+
     def move(
         self,
         release: ReleaseRecord,
