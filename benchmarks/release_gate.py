@@ -33,7 +33,13 @@ from homespun.learning.evidence import (
     log_joint_wealth,
     log_wealth,
 )
-from homespun.protocol.release import ReleaseRequest, evaluation_gate, guardrail_gates
+from homespun.protocol.release import (
+    evaluation_gate,
+    guardrail_gates,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.rng import stream
 
 BOUND = 0.1  # reports are clipped to [-BOUND, BOUND]

@@ -22,8 +22,12 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
 )
-from homespun.protocol.release import ReleaseEvent as E
-from homespun.protocol.release import ReleaseRequest
+from homespun.protocol.release import (
+    ReleaseEvent as E,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView

@@ -17,9 +17,11 @@ from homespun.learning.evidence import Verdict
 from homespun.learning.metrics import watched_names
 from homespun.protocol.messages import Aggregation, Bucket, Criteria, ReleaseNotice, TaskKind
 from homespun.protocol.release import (
+    Reported,
+)
+from homespun.protocol.release_request import (
     EvaluationSpec,
     ReleaseRequest,
-    Reported,
     Reports,
     Stage,
     WatchSpec,

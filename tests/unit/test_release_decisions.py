@@ -25,21 +25,23 @@ from homespun.learning.evidence import Sums, Verdict
 from homespun.learning.metrics import ARMS, GUARDRAILS, MetricSum, watched_names
 from homespun.protocol.messages import Bucket
 from homespun.protocol.release import (
-    EvaluationSpec,
-    Limits,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
-    Reports,
     Situation,
-    Stage,
-    WatchSpec,
-    disjoint,
     due,
     evaluation_gate,
     guardrail_gates,
     judge_evaluation,
     judge_stage,
+)
+from homespun.protocol.release_request import (
+    EvaluationSpec,
+    Limits,
+    ReleaseRequest,
+    Reports,
+    Stage,
+    WatchSpec,
+    disjoint,
     left_out,
 )
 from homespun.rng import stream

@@ -29,15 +29,17 @@ from homespun.protocol.release import (
     RELEASE,
     Finding,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
     Situation,
-    disjoint,
     due,
     evaluation_gate,
     guardrail_gates,
     judge_evaluation,
     judge_stage,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+    disjoint,
     left_out,
 )
 from homespun.protocol.tasks import TaskSpec

@@ -16,8 +16,10 @@ from homespun.protocol.release import (
     RESUMED_BY,
     Finding,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
 )
 from homespun.protocol.views import ReleaseStep, TaskState
 from homespun.server.store.catalogue import grant, require_checkpoints
