@@ -33,7 +33,13 @@ from homespun.learning.evidence import (
     log_joint_wealth,
     log_wealth,
 )
-from homespun.protocol.release import ReleaseRequest, evaluation_gate, guardrail_gates
+from homespun.protocol.release import (
+    evaluation_gate,
+    guardrail_gates,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.rng import stream
 
 BOUND = 0.1  # reports are clipped to [-BOUND, BOUND]
@@ -372,7 +378,7 @@ def stage_sees(gate: Gate, ours: Real, theirs: Real, *, worse: bool, every: int 
         log_wealth(*gate.distances(side, upward=upward), max(place + gate.step, 1e-9))
         for side, upward, place in zip((own, control), (not worse, worse), places, strict=True)
     )
-    possible = bound >= log_limit
+    possible = np.asarray(bound >= log_limit)
     ask = gate.shows_less if worse else gate.shows_more
     seen = np.zeros(possible.shape, np.bool_)
     seen[possible] = ask(picked(own, possible), picked(control, possible))

@@ -20,10 +20,12 @@ from msgspec import inspect as types
 from homespun import errors
 from homespun.learning import contribution, fedavg, fedopt
 from homespun.learning.optimizers import ServerOptimizer
-from homespun.protocol import frame, messages, release, signing, tasks
+from homespun.protocol import frame, messages, release_request, signing, tasks
 from homespun.protocol.group import GROUP
 from homespun.protocol.machine import Machine
-from homespun.protocol.release import RELEASE
+from homespun.protocol.release import (
+    RELEASE,
+)
 from homespun.protocol.round import ROUND
 from homespun.protocol.session import SESSION
 from homespun.secagg import device as secagg_device
@@ -94,13 +96,13 @@ TASK = (
 )
 
 RELEASE_REQUEST = (
-    release.ReleaseRequest,
-    release.EvaluationSpec,
-    release.Stage,
-    release.WatchSpec,
-    release.Reports,
-    release.Limits,
-    release.Trial,
+    release_request.ReleaseRequest,
+    release_request.EvaluationSpec,
+    release_request.Stage,
+    release_request.WatchSpec,
+    release_request.Reports,
+    release_request.Limits,
+    release_request.Trial,
     tasks.GroupSpec,
     messages.Criteria,
     messages.Bucket,

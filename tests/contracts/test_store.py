@@ -22,8 +22,12 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
 )
-from homespun.protocol.release import ReleaseEvent as E
-from homespun.protocol.release import ReleaseRequest
+from homespun.protocol.release import (
+    ReleaseEvent as E,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView
@@ -409,6 +413,19 @@ def test_a_release_moves_once_whoever_looked_at_it(store):
     with pytest.raises(Conflict, match="moved on"):  # the same state, but another stage
         move(store, ramp, E.START_RAMP)
     assert store.releases.get("a2").stage == 2
+
+
+def test_a_held_release_goes_on_only_where_it_was(store):
+    ship(store, "a", "1")
+    request = ReleaseRequest(
+        population="phones", slot="a", plan_hash=PLAN, checkpoint=FIRST, version="2"
+    )
+    held = move(store, store.releases.add(request, "a2", NOW), E.CHECK, E.EVALUATE, E.HOLD)
+    assert (held.state, held.held_from) == ("held", "evaluating")
+    for event in (E.PASS, E.START_CANARY, E.DEPLOY):
+        with pytest.raises(Conflict, match="was held evaluating"):
+            move(store, held, event)
+    assert move(store, held, E.EVALUATE).state == "evaluating"
 
 
 def test_a_rollback_is_a_higher_number_that_points_to_the_older_release(store):

@@ -11,7 +11,9 @@ import pytest
 
 from homespun import zoo
 from homespun.plan.initial import initial_checkpoint
-from homespun.protocol.release import Trial
+from homespun.protocol.release_request import (
+    Trial,
+)
 from homespun.protocol.views import ReleaseView
 from homespun.tensors.codec import encode_tree
 from tests.e2e.processes import Server, assert_fails, homespun, printed

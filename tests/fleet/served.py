@@ -53,6 +53,7 @@ class Serving(Device):
     newest: ReleaseManifest | None = None
     failed: set[str] = field(default_factory=set)
     took_part: set[str] = field(default_factory=set)
+    clips: bool = True
 
     def manifest(self, path: str = PATH) -> ReleaseManifest:
         """A manifest, after checking who signed it. Raises `NotFound`."""
@@ -135,7 +136,9 @@ class Serving(Device):
         return sums | squares
 
     def _paired(self, candidate: float, incumbent: float, clip: float) -> dict[str, MetricSum]:
-        difference = float(np.clip(candidate - incumbent, -clip, clip))
+        difference = candidate - incumbent
+        if self.clips:
+            difference = float(np.clip(difference, -clip, clip))
         return {
             "0.accuracy": MetricSum(10 * candidate, 10.0),
             "1.accuracy": MetricSum(10 * incumbent, 10.0),

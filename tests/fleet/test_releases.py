@@ -14,8 +14,12 @@ from homespun.cli.client import OperatorClient
 from homespun.cli.releases import follow_evaluation, follow_release
 from homespun.errors import Conflict, InvalidConfig, NotFound
 from homespun.learning.evidence import Verdict
+from homespun.learning.metrics import watched_names
 from homespun.protocol.messages import Aggregation, Bucket, Criteria, ReleaseNotice, TaskKind
 from homespun.protocol.release import (
+    Reported,
+)
+from homespun.protocol.release_request import (
     EvaluationSpec,
     ReleaseRequest,
     Reports,
@@ -23,7 +27,7 @@ from homespun.protocol.release import (
     WatchSpec,
 )
 from homespun.protocol.tasks import GroupSpec
-from homespun.protocol.views import Event, ReleaseView, TaskView
+from homespun.protocol.views import Event, ReleaseView, Stored, TaskView
 from homespun.server.releases import ReleaseDesk
 from tests.fleet.device import POPULATION
 from tests.fleet.served import PATH, Model, Serving, fetch, follow, serve, show, take_part
@@ -52,7 +56,7 @@ def terms(aggregation: Aggregation = Aggregation.PLAIN, **fields):
         "evaluation": EvaluationSpec(reports=reports(10, aggregation)),
         "stages": (Stage(fraction=0.25, soak_s=DAY_S), Stage(fraction=0.5, soak_s=DAY_S)),
         "watch": WatchSpec(
-            primary=0.5, latency_s=0.06, failed=0.6, reports=reports(5, aggregation)
+            primary=0.5, latency_s=0.06, failed=0.6, reports=reports(10, aggregation)
         ),
         **fields,
     }
@@ -197,6 +201,49 @@ def test_a_device_that_joins_during_a_canary_serves_what_the_others_do(shipped):
         inside = device.place(device.newest) < 0.25
         assert device.active.version == ("2" if inside else "1")
     assert serving(late) == {"1", "2"}
+
+
+def test_nothing_is_said_of_fewer_devices_than_are_ever_summed(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    few = WatchSpec(reports=reports(4))
+    stages = (Stage(fraction=0.5, soak_s=DAY_S),)
+    release = world.release(plan, better, "2", **terms(watch=few, stages=stages))
+    follow(world, devices, release, {"canary"})
+    fetch(world, devices)
+    task = world.operate(list[TaskView], "GET", "/tasks")[-1]
+    for device in devices:
+        device.watching = task.spec.watch
+    stage = [d for d in devices if d.arm(task.spec.watch) == "stage"]
+    control = [d for d in devices if d.arm(task.spec.watch) == "control"]
+    world.report(task, world.gather(task, devices=[*stage[:3], control[0]]))
+    (summary, *_) = world.rounds(task)
+    assert summary.metrics.keys() == {name for name in watched_names() if name.startswith("stage")}
+    assert summary.metrics["stage.primary"].count == 3
+    for found in show(world, release).findings:
+        assert (found.reported.num_devices, found.control) == (3, Reported())
+
+
+def test_reports_that_cannot_be_hold_a_release_until_a_person_looks(shipped):
+    world, plan, (_, better, *_), devices = shipped
+    for device in devices:
+        device.clips = False
+        device.models[better] = Model(0.95)
+    release = world.release(plan, better, "2", **terms())
+    view = follow(world, devices, release, {"held", "canary"})
+    assert (view.state, view.held_from, view.evidence) == ("held", "evaluating", None)
+    assert "clipped" not in view.reason
+    assert view.reason.startswith("its reports cannot be used: no reports within the bounds")
+    assert operate(world, release, "roll-back").state == "rolled_back"
+
+
+def test_what_another_plan_runs_cannot_be_compared(shipped):
+    world, *_ = shipped
+    other = world.plan.with_settings(clip_norm=1.0)
+    stored = world.operate(Stored, "POST", "/plans", other.to_bytes()).hash
+    newer = world.push_checkpoint(stored, 9).hash
+    with pytest.raises(InvalidConfig, match="another plan"):
+        world.release(stored, newer, "2", **terms())
+    assert world.release(stored, newer, "1", slot="another").state == "deployed"
 
 
 # --- What people do -----------------------------------------------------------------------------------
@@ -465,6 +512,10 @@ def test_what_does_not_fit_a_device_is_rejected_before_anybody_is_asked(shipped)
 def test_a_version_means_one_thing(shipped):
     world, plan, (good, better, *_), _ = shipped
     assert world.release(plan, good, "1").sequence == 1  # repeating it changes nothing
+    again = [world.release(plan, better, "2", **terms()) for _ in range(2)]
+    assert again[0] == again[1]
+    operate(world, again[0], "roll-back")
+    assert world.release(plan, better, "2", **terms()).state == "rolled_back"
     with pytest.raises(Conflict, match="version 1"):
         world.release(plan, better, "1")
     with pytest.raises(NotFound, match="checkpoint"):

@@ -25,21 +25,23 @@ from homespun.learning.evidence import Sums, Verdict
 from homespun.learning.metrics import ARMS, GUARDRAILS, MetricSum, watched_names
 from homespun.protocol.messages import Bucket
 from homespun.protocol.release import (
-    EvaluationSpec,
-    Limits,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
-    Reports,
     Situation,
-    Stage,
-    WatchSpec,
-    disjoint,
     due,
     evaluation_gate,
     guardrail_gates,
     judge_evaluation,
     judge_stage,
+)
+from homespun.protocol.release_request import (
+    EvaluationSpec,
+    Limits,
+    ReleaseRequest,
+    Reports,
+    Stage,
+    WatchSpec,
+    disjoint,
     left_out,
 )
 from homespun.rng import stream
@@ -144,7 +146,7 @@ def test_fourteen_devices_on_each_side_can_promote_and_take_back():
     verdicts = {f.name: f.verdict for f in judge_stage(gates, watched(FINE, FINE))}
     assert verdicts == dict.fromkeys(GUARDRAILS, Verdict.PASS)
     fails = {**FINE, "failed": 1.0}
-    verdicts = {f.name: f.verdict for f in judge_stage(gates, watched(fails, FINE, (9, 9)))}
+    verdicts = {f.name: f.verdict for f in judge_stage(gates, watched(fails, FINE, (7, 7)))}
     assert verdicts["failed"] is Verdict.REJECT
     slow = {**FINE, "latency": 0.1}
     verdicts = {f.name: f.verdict for f in judge_stage(gates, watched(slow, FINE, (14, 14)))}
@@ -215,9 +217,8 @@ def test_the_evaluation_decides():
 
 def test_a_finding_says_what_it_rests_on():
     (found, *_) = judge_stage(guardrail_gates(request(watch=FEW)), GOOD)
-    assert (found.name, found.reported.num_devices, found.reported.sums) == (
-        "primary", 14, Sums(14, 14 * 0.3, pytest.approx(14 * 0.09)),
-    )  # fmt: skip
+    assert found.name == "primary"
+    assert found.reported.sums == Sums(14, 14 * 0.3, 14 * 0.3**2)
     assert found.mean == pytest.approx(0.0)
     assert found.low < 0 < found.high
     nothing = judge_stage(guardrail_gates(REQUEST), {})

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from homespun.protocol.release import RELEASE, RESUMED_BY, ReleaseEvent, ReleaseState
+from homespun.protocol.release import (
+    RELEASE,
+    RESUMED_BY,
+    ReleaseEvent,
+    ReleaseState,
+)
 
 R, E = ReleaseState, ReleaseEvent
 SERVED = {R.CANARY, R.RAMP, R.DEPLOYED}

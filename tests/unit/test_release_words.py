@@ -7,7 +7,10 @@ import pytest
 from homespun.cli.releases import describe_devices, describe_finding, find_release
 from homespun.errors import InvalidInput, NotFound
 from homespun.learning.evidence import Gate
-from homespun.protocol.release import Reported, finding
+from homespun.protocol.release import (
+    Reported,
+    finding,
+)
 
 
 def test_a_difference_in_points():

@@ -27,13 +27,15 @@ from homespun.learning.metrics import MetricSum
 from homespun.plan.package import Plan
 from homespun.protocol.messages import encode
 from homespun.protocol.release import (
-    EvaluationSpec,
     Finding,
-    ReleaseRequest,
     ReleaseState,
-    Trial,
     evaluation_gate,
     judge_evaluation,
+)
+from homespun.protocol.release_request import (
+    EvaluationSpec,
+    ReleaseRequest,
+    Trial,
 )
 from homespun.protocol.views import Evidence, ReleaseStep, ReleaseView, TaskState
 from homespun.tensors import codec

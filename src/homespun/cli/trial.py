@@ -13,7 +13,9 @@ import numpy as np
 
 from homespun.errors import NumericFailure
 from homespun.plan.package import Plan
-from homespun.protocol.release import Trial
+from homespun.protocol.release_request import (
+    Trial,
+)
 from homespun.types import FloatArray
 
 NUM_TIMED = 30

@@ -9,7 +9,13 @@ from enum import StrEnum
 
 from homespun.protocol.group import GroupState
 from homespun.protocol.messages import Message, Name, Sha256, TaskKind
-from homespun.protocol.release import Finding, ReleaseRequest, ReleaseState
+from homespun.protocol.release import (
+    Finding,
+    ReleaseState,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 

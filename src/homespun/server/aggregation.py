@@ -161,11 +161,15 @@ def _result(totals: Aggregate, record: RoundRecord) -> RoundResult:
             expected=record.view.num_reported,
             got=totals.num_clients,
         )
+    # Devices of a watch are of two kinds; of which kind there are too few, nothing is said.
+    spec = record.task.spec
+    fewest = spec.min_group if spec.watch is not None else 0
     return RoundResult(
         weight=totals.weight,
         clipped_share=totals.clipped_share,
         metrics={
             name: MetricView(sum=value.sum, count=value.count)
             for name, value in totals.metrics.items()
+            if value.count >= fewest
         },
     )

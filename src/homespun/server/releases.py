@@ -16,6 +16,7 @@ import structlog
 
 from homespun.errors import (
     Conflict,
+    HomespunError,
     InvalidConfig,
     NumericFailure,
     PlanError,
@@ -28,15 +29,17 @@ from homespun.protocol.release import (
     RELEASE,
     Finding,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
     Situation,
-    disjoint,
     due,
     evaluation_gate,
     guardrail_gates,
     judge_evaluation,
     judge_stage,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+    disjoint,
     left_out,
 )
 from homespun.protocol.tasks import TaskSpec
@@ -72,7 +75,8 @@ class ReleaseDesk:
         """
         request.validate()
         request = self._with_bucket(request)
-        self._check_questions(request)
+        if not self._store.releases.has(request.population, request.slot, request.version):
+            self._check_questions(request)
         release = self._store.releases.add(request, secrets.token_hex(16), now)
         return self._advance(release, now)
 
@@ -109,20 +113,27 @@ class ReleaseDesk:
     def view(self, release_id: str) -> ReleaseView:
         """A release with all that is known about it."""
         release = self._store.releases.get(release_id)
-        return msgspec.structs.replace(
-            release.view,
-            evidence=self._evidence(release),
-            findings=self._guardrails(release),
-            steps=self._store.releases.steps(release_id),
-        )
+        view = msgspec.structs.replace(release.view, steps=self._store.releases.steps(release_id))
+        try:
+            evidence, findings = self._evidence(release), self._guardrails(release)
+        except NumericFailure:  # which is why it is held
+            return view
+        return msgspec.structs.replace(view, evidence=evidence, findings=findings)
 
     # --- what is due ------------------------------------------------------------------------------
 
     def advance(self, now: float) -> list[ReleaseRecord]:
         """Move every release that is on its way; those that moved."""
-        before = self._store.releases.on_the_way()
-        after = [self._advance(release, now) for release in before]
-        return [new for old, new in zip(before, after, strict=True) if new != old]
+        moved = []
+        for release in self._store.releases.on_the_way():
+            try:
+                after = self._advance(release, now)
+            except HomespunError as error:  # the others go on
+                log.warning("a release cannot go on", id=release.release_id, reason=str(error))
+                continue
+            if after != release:
+                moved.append(after)
+        return moved
 
     def _advance(self, release: ReleaseRecord, now: float) -> ReleaseRecord:
         while True:
@@ -204,7 +215,7 @@ class ReleaseDesk:
             reason += f": {task.reason}" if task.reason else ""
             own = release.request.evaluation_task_id != task.task_id
             return self._move(release, E.HOLD if own else E.REJECT, now, reason)
-        if all(found.verdict is Verdict.PASS for found in findings):
+        if findings and all(found.verdict is Verdict.PASS for found in findings):
             return None  # it soaks
         event = E.REJECT if release.state is S.EVALUATING else E.ROLL_BACK
         return self._move(release, event, now, _reason(event, release, findings), findings)
@@ -313,7 +324,7 @@ class ReleaseDesk:
         """Raise `InvalidConfig` unless the devices can be asked all that this release will want to know."""
         manifest = self._library.manifest(request.plan_hash)
         incumbent = self._store.releases.deployed(request.population, request.slot)
-        if incumbent is None or incumbent.request.version == request.version:
+        if incumbent is None:
             return
         compared = request.evaluation_task("evaluation", incumbent.request.checkpoint)
         if request.evaluation_task_id is not None:

@@ -23,7 +23,9 @@ from homespun.errors import InvalidInput
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.package import MAX_PLAN_BYTES
 from homespun.protocol.messages import Message, Name, TaskKind, decode, encode
-from homespun.protocol.release import ReleaseRequest
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.protocol.tasks import TaskSpec, parse
 from homespun.protocol.views import (
     CheckpointView,

@@ -12,7 +12,12 @@ from sqlalchemy import Row
 
 from homespun.protocol.group import GroupState, GroupView
 from homespun.protocol.messages import Receipt
-from homespun.protocol.release import ReleaseRequest, ReleaseState
+from homespun.protocol.release import (
+    ReleaseState,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
+)
 from homespun.protocol.round import RoundState, RoundView
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView, ReleaseView, TaskState, TaskView

@@ -16,8 +16,10 @@ from homespun.protocol.release import (
     RESUMED_BY,
     Finding,
     ReleaseEvent,
-    ReleaseRequest,
     ReleaseState,
+)
+from homespun.protocol.release_request import (
+    ReleaseRequest,
 )
 from homespun.protocol.views import ReleaseStep, TaskState
 from homespun.server.store.catalogue import grant, require_checkpoints
@@ -70,8 +72,11 @@ class Releases:
                 )
             _require_rest(connection, request.population, request.slot)
             incumbent = connection.execute(
-                select(releases.c.release_id).where(slot, releases.c.state == S.DEPLOYED)
-            ).scalar()
+                select(releases).where(slot, releases.c.state == S.DEPLOYED)
+            ).first()
+            if incumbent is not None:  # one plan runs both, or they could not be compared
+                served = _request(incumbent.request).checkpoint
+                require_checkpoints(connection, request.plan_hash, (served,))
             connection.execute(
                 insert(releases).values(
                     release_id=release_id,
@@ -82,12 +87,22 @@ class Releases:
                     state=S.TRAINED,
                     stage=0,
                     since=now,
-                    incumbent_id=incumbent,
+                    incumbent_id=incumbent and incumbent.release_id,
                     reason="",
                     created_at=now,
                 )
             )
             return _get(connection, release_id)
+
+    def has(self, population: str, slot: str, version: str) -> bool:
+        """Whether this version was ever begun."""
+        query = select(releases.c.release_id).where(
+            releases.c.population == population,
+            releases.c.slot == slot,
+            releases.c.version == version,
+        )
+        with self._database.read() as connection:
+            return connection.execute(query).first() is not None
 
     def move(
         self,
