@@ -63,6 +63,7 @@ PARTS = (
 
 STEPS = (
     secagg.Terms,
+    messages.Carried,
     secagg.AdvertiseKeys,
     secagg.ShareKeysRequest,
     secagg.ShareKeys,
