@@ -213,6 +213,26 @@ def test_who_never_comes_back_loses_its_place():
         assert flow.state(lost[1]) is ReportState.LATE
 
 
+def test_a_device_that_forgot_its_place_gets_another_once_the_first_cannot_count():
+    with new_flow(5) as flow:
+        first = flow.claim(0)
+        first.step()
+        first.step()  # it waits in a group that is forming, and forgets
+        assert flow.try_to_claim(0) is None  # the same round: the same place
+        others = [flow.claim(1), flow.claim(2), flow.claim(3)]
+        others[0].leaves_at = "share-keys"  # so that the group comes to nothing
+        flow.exchange(*others[:2])
+        flow.world.pass_time(60.0)
+        flow.exchange(*others[1:], flow.claim(4))
+        assert flow.running.round_number == 2
+        again = flow.claim(0)
+        first.last = None
+        first.ask()
+        assert flow.state(first) is ReportState.VOID
+        assert flow.state(again) is ReportState.EXPECTED
+        flow.check()
+
+
 def test_the_next_round_begins_with_who_is_out():
     with new_flow(6) as flow:
         members = [flow.claim(index) for index in range(5)]

@@ -101,6 +101,8 @@ def _admit(
     connection: Connection, row: Row[Any], spec: TaskSpec, device_id: str, now: float
 ) -> ClaimAnswer:
     """A place in an async round: the one that the device has, or a new one while there are any."""
+    locked = select(rounds.c.round_id).where(rounds.c.round_id == row.round_id)
+    connection.execute(locked.with_for_update())  # of two that see the last place one gets it
     answer = _answer(connection, row, device_id)
     if isinstance(answer, Drawn):
         return answer
