@@ -11,6 +11,7 @@ from homespun.errors import BadSignature
 from homespun.learning.contribution import AUX_SCALE
 from homespun.protocol.messages import Aggregation, Assigned, Carried, Receipt, ReportState, Waiting
 from homespun.protocol.tasks import GroupSpec
+from homespun.protocol.views import Event
 from homespun.secagg.messages import Terms
 from homespun.server.store.schema import assignments, receipts
 from homespun.tensors import tree as trees
@@ -47,6 +48,10 @@ def test_a_straggler_goes_into_the_next_round_with_less_weight(make_world):
     assert (closed.state, closed.num_reported, closed.num_late) == ("scrubbed", 4, 0)
     assert states([slow]) == ["expected"]
     assert isinstance(slow.ask(), Waiting)  # for the next round to begin
+    events = world.operate(list[Event], "GET", "/events")
+    assert [event.text for event in events if event.kind == "round.carried"] == [
+        "1 may still join round 2.1"
+    ]
     alone = slow.contribution
 
     fresh = next_round(world, task, 2, busy=[slow])
@@ -92,7 +97,10 @@ def test_who_is_too_far_behind_is_late(make_world):
         assert world.rounds(task)[-1].num_carried >= 1
         play(world, fresh[:4])
     receipt = slow.device.receipt(slow.assigned)
-    assert (receipt.state, receipt.reason) == ("late", "too far behind the newest checkpoint")
+    assert (receipt.state, receipt.reason) == (
+        "late",
+        "the round had closed, and it is too late for the next",
+    )
     assert slow.ask().receipt == receipt
 
 

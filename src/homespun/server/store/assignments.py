@@ -108,9 +108,9 @@ def fall_behind(connection: Connection, row: Row[Any], spec: TaskSpec, now: floa
         stays = follows and expires_at > now
         carries = stays and may_carry(origin, row.number + 1, spec.max_staleness)
         (kept if carries else late).append(ticket)
-    reason = (
-        "too far behind the newest checkpoint" if spec.max_staleness else "the round had closed"
-    )
+    reason = "the round had closed"
+    if spec.max_staleness and follows:
+        reason += ", and it is too late for the next"
     for tickets in _slices(late):
         connection.execute(
             update(receipts)
@@ -126,8 +126,11 @@ def fall_behind(connection: Connection, row: Row[Any], spec: TaskSpec, now: floa
     return len(late)
 
 
-def carry(connection: Connection, row: Row[Any], spec: TaskSpec, target_id: int) -> None:
-    """Move who is still expected from round attempt `row`, which ends, to the one that was planned after it."""
+def carry(connection: Connection, row: Row[Any], spec: TaskSpec, target_id: int) -> int:
+    """Move who is still expected from round attempt `row`, which ends, to the one that was planned after it.
+
+    Returns how many.
+    """
     number = connection.execute(
         select(rounds.c.number).where(rounds.c.round_id == target_id)
     ).scalar_one()
@@ -150,6 +153,7 @@ def carry(connection: Connection, row: Row[Any], spec: TaskSpec, target_id: int)
     connection.execute(
         update(rounds).where(rounds.c.round_id == target_id).values(num_carried=len(moving))
     )
+    return len(moving)
 
 
 def _placed(connection: Connection, round_id: int) -> list[tuple[str, int, float]]:

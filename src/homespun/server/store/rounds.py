@@ -197,8 +197,7 @@ class Rounds:
             connection.execute(included)
             _event(connection, row, "round.committed", now, f"{row.num_reported} reports")
             if row.number < spec.num_rounds:
-                following = plan_round(connection, row.task_id, row.number + 1, 1, head)
-                carry(connection, row, spec, following)
+                _follow(connection, row, row.number + 1, 1, head, now)
             else:
                 task["state"] = TaskState.FINISHED
                 add_event(connection, "task.finished", now, spec.name, task_id=row.task_id)
@@ -211,10 +210,7 @@ class Rounds:
             failures = row.task_failures + 1
             task: dict[str, object] = {"failures": failures}
             if failures < MAX_FAILURES:
-                again = plan_round(
-                    connection, row.task_id, row.number, row.attempt + 1, row.task_head
-                )
-                carry(connection, row, decode_spec(row.task_spec), again)
+                _follow(connection, row, row.number, row.attempt + 1, row.task_head, now)
             end_round(connection, round_id, RoundState.ABANDONED, reason)
             _event(connection, row, "round.abandoned", now, reason)
             if failures >= MAX_FAILURES:
@@ -248,6 +244,17 @@ def plan_round(connection: Connection, task_id: str, number: int, attempt: int, 
     )
     assert planned.inserted_primary_key is not None
     return int(planned.inserted_primary_key[0])
+
+
+def _follow(
+    connection: Connection, row: Row[Any], number: int, attempt: int, base: Hash, now: float
+) -> None:
+    """Plan the attempt that comes after `row`, and take along who is still expected."""
+    following = plan_round(connection, row.task_id, number, attempt, base)
+    num_carried = carry(connection, row, decode_spec(row.task_spec), following)
+    if num_carried:
+        text = f"{num_carried} may still join round {number}.{attempt}"
+        _event(connection, row, "round.carried", now, text)
 
 
 def end_round(connection: Connection, round_id: int, state: RoundState, reason: str) -> None:
