@@ -236,13 +236,17 @@ def lie(change: Callable[[Carried], Carried]) -> Callable[..., object]:
         (lambda c: replace(c, ancestry=c.ancestry[:1]), "does not follow"),
         (lambda c: replace(c, ancestry=(*c.ancestry, THIRD)), "does not follow"),
         (lambda c: replace(c, terms=replace(c.terms, round_number=3)), "does not follow"),
-        (lambda c: replace(c, terms=replace(c.terms, checkpoint_hash=THIRD)), "not the one"),
+        (lambda c: replace(c, terms=replace(c.terms, checkpoint_hash=THIRD)), "does not follow"),
+        (
+            lambda c: replace(c, terms=replace(c.terms, checkpoint_hash=c.ancestry[0])),
+            "does not follow",
+        ),
         (lambda c: replace(c, terms=replace(c.terms, max_staleness=3)), "mixes base checkpoints"),
         (lambda c: replace(c, encoding=replace(c.encoding, rotation_seed=1)), "schema"),
         (lambda c: replace(c, encoding=replace(c.encoding, max_group=50)), "n_max"),
         (lambda c: replace(c, encoding=replace(c.encoding, clip_norm=9.0)), "signed plan"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_round_that_does_not_follow_is_refused(
     change: Callable[[Carried], Carried], reason: str, ready: Device, server: FakeServer

@@ -131,7 +131,8 @@ def carry(assigned: Assigned, known: tuple[Hash, ...], carried: Carried) -> Assi
     terms, ancestry = carried.terms, carried.ancestry
     known = known or assigned.checkpoints
     num_rounds = terms.round_number - assigned.round_number
-    if ancestry[: len(known)] != known or len(ancestry) != len(known) + num_rounds:
+    follows = ancestry[: len(known)] == known and ancestry[-1] == terms.checkpoint_hash
+    if not follows or len(ancestry) != len(known) + num_rounds:
         raise WrongTerms(
             "the round does not follow the one that this device was in",
             expected=str(known),
