@@ -299,7 +299,7 @@ def test_twenty_at_once_and_buffers_of_five_are_fedbuff():
 def live(killed: bool) -> str:
     """A task from its start to its end, as devices of very different speed make it; its last checkpoint."""
     rng, fate = Random(5), Random(6)
-    num_devices, num_rounds = 40, 8
+    num_devices, num_rounds = 40, 6
     fields = {"goal": 5, "minimum": 5, "concurrency": 20, "max_staleness": 3}
     with new_flow(num_devices, num_rounds=num_rounds, deadline_s=1_000.0, **fields) as flow:
         world, task = flow.world, flow.task
