@@ -68,6 +68,7 @@ PARTS = (
 
 STEPS = (
     secagg.Terms,
+    messages.Carried,
     secagg.AdvertiseKeys,
     secagg.ShareKeysRequest,
     secagg.ShareKeys,

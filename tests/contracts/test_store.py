@@ -309,7 +309,7 @@ def test_at_most_one_committed_attempt_per_round(store):
     round_id, tickets = running(store)
     commit(store, round_id, tickets)
     values = {"task_id": "t1", "number": 1, "attempt": 2, "state": "committed", "base": FIRST}
-    zeros = {"num_assigned": 0, "num_reported": 0, "num_late": 0, "reason": ""}
+    zeros = {"num_assigned": 0, "num_carried": 0, "num_reported": 0, "num_late": 0, "reason": ""}
     with pytest.raises(IntegrityError), store.database.write() as connection:
         connection.execute(rounds.insert().values(**values, **zeros))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from homespun.device.examples import open_examples
 from homespun.device.work import Examples, Work
 from homespun.learning.contribution import Contribution
@@ -41,4 +43,27 @@ def contribution(
 
     assert work.download(fetch)
     assert work.perform(examples, settings.seed, lambda: False) is not None
+    return decode_contribution(work.report_file.read_bytes())
+
+
+def encoded_again(
+    device: Device,
+    origin: Assigned,
+    assigned: Assigned,
+    examples: Examples,
+    server: Server,
+    scratch: Path,
+) -> Contribution:
+    """Of a device that trained for `origin` and was carried into the round of `assigned`."""
+    contribution(device, origin, examples, server, scratch)
+    settings = device.home.settings()
+    trusted = tuple(base64.b64decode(key) for key in settings.publisher_keys)
+    moved = replace(
+        origin,
+        round_number=assigned.round_number,
+        attempt=assigned.attempt,
+        encoding=assigned.encoding,
+    )
+    work = Work(scratch, moved, trusted)
+    work.encode_again(assigned.round_number - origin.round_number)
     return decode_contribution(work.report_file.read_bytes())

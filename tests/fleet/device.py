@@ -85,7 +85,7 @@ class Device:
         reply: ClaimReply = self.call(ClaimReply, "POST", "/v1/claim", encode(message))
         return reply
 
-    def contribution(self, assigned: Assigned) -> Contribution:
+    def contribution(self, assigned: Assigned, staleness: int = 0) -> Contribution:
         """What this device says in this round: the same for the same round and attempt."""
         codec = self.codec(assigned)
         rng = stream(assigned.seed, self.index)
@@ -96,7 +96,7 @@ class Device:
             metrics["difference"] = MetricSum(value, 1.0)
             metrics["difference_squared"] = MetricSum(value * value, 1.0)
             metrics["wins"] = MetricSum(float(value > 0), 1.0)
-        return codec.encode(update, int(rng.integers(1, 80)), metrics, rng)
+        return codec.encode(update, int(rng.integers(1, 80)), metrics, rng, staleness)
 
     def codec(self, assigned: Assigned) -> ContributionCodec:
         manifest, how = self.world.plan.manifest, assigned.encoding

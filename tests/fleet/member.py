@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from homespun.device.secure import group_work
+from homespun.device.secure import carry, group_work
 from homespun.errors import WrongStep
 from homespun.learning.algorithm import Algorithm
 from homespun.learning.contribution import Contribution
@@ -20,6 +20,7 @@ from homespun.learning.optimizers import server_optimizer
 from homespun.protocol.frame import encode_masked_input
 from homespun.protocol.messages import (
     Assigned,
+    Carried,
     GroupReply,
     Receipt,
     ReportState,
@@ -48,6 +49,7 @@ STEP_S = 60.0
 MOST_TURNS = 80
 _STEP_OF: dict[Any, str] = {
     Terms: "advertise-keys",
+    Carried: "advertise-keys",
     ShareKeysRequest: "share-keys",
     MaskInputRequest: "mask-input",
     AgreeRequest: "agree",
@@ -60,18 +62,19 @@ class Member:
     """One device's passage through groups.
 
     `leaves_at`: the step that it is gone before; `last`: what was asked of it last; `sent`: step -> body, of the
-    group that it is in.
+    group that it is in; `assigned` and `ancestry`: as they are after it was carried.
     """
 
     device: Device
     assigned: Assigned
     task_name: str
     leaves_at: str = ""
-    demands: secagg.Demands = field(default_factory=lambda: secagg.Demands(3))
+    demands: secagg.Demands = field(default_factory=lambda: secagg.Demands(3, max_staleness=99))
     last: GroupReply | None = None
     state: bytes = b""
     sent: dict[str, bytes] = field(default_factory=dict)
     num_drawn: int = 0
+    ancestry: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -79,7 +82,11 @@ class Member:
 
     @property
     def contribution(self) -> Contribution:
-        return self.device.contribution(self.assigned)
+        return self.device.contribution(self.assigned, self.staleness)
+
+    @property
+    def staleness(self) -> int:
+        return len(self.ancestry) - 1 if self.ancestry else 0
 
     @property
     def receipt(self) -> Receipt | None:
@@ -93,7 +100,7 @@ class Member:
     @property
     def gone(self) -> bool:
         """It left; or it helped to open a group and was then asked to join another, which no device does."""
-        again = isinstance(self.last, Terms) and "unmask" in self.sent
+        again = isinstance(self.last, Terms | Carried) and "unmask" in self.sent
         return again or (self.asked is not None and self.asked == self.leaves_at)
 
     @property
@@ -136,6 +143,9 @@ class Member:
     def _body(self, request: Any) -> bytes:
         key = self.device.key
         answer: Any
+        if isinstance(request, Carried):
+            self.assigned = carry(self.assigned, self.ancestry, request)
+            self.ancestry, request = request.ancestry, request.terms
         match request:
             case Terms():
                 self.sent.clear()
@@ -164,7 +174,8 @@ class Member:
 
     @property
     def work(self) -> secagg.Work:
-        return group_work(self.task_name, self.assigned, self.device.codec(self.assigned))
+        codec = self.device.codec(self.assigned)
+        return group_work(self.task_name, self.assigned, codec, self.ancestry)
 
     @property
     def _state(self) -> secagg.DeviceState:
@@ -211,7 +222,8 @@ def plain_checkpoint(world: World, members: Sequence[Member]) -> str:
     """
     device, assigned = members[0].device, members[0].assigned
     codec, rule = device.codec(assigned), server_optimizer("FedAvg", {})
-    parameters = world.deployment.library.checkpoint(assigned.checkpoints[0])
+    base = (members[0].ancestry or assigned.checkpoints)[-1]
+    parameters = world.deployment.library.checkpoint(base)
     moved, _, _ = Algorithm(world.plan.manifest.shapes, codec, rule).server_update(
         parameters, rule.init(parameters), *(member.contribution for member in members)
     )

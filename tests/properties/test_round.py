@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -29,12 +31,21 @@ def views(draw, states) -> RoundView:
         num_assigned=num_assigned,
         num_open=draw(st.integers(0, num_assigned - num_reported)),
         num_reported=num_reported,
+        is_async=draw(st.booleans()),
     )
 
 
 ANY = views(st.sampled_from(R))
 OPEN = views(st.just(R.OPEN))
 RUNNING = views(st.just(R.RUNNING))
+
+
+def in_rounds(view: RoundView) -> RoundView:
+    return replace(view, is_async=False)
+
+
+def in_async(view: RoundView) -> RoundView:
+    return replace(view, is_async=True)
 
 
 @given(ANY, NOW)
@@ -44,7 +55,7 @@ def test_what_is_due_is_in_the_table(view, now):
         ROUND.next(view.state, event)
 
 
-@given(RUNNING, NOW)
+@given(RUNNING.map(in_rounds), NOW)
 def test_closing_means_goal_reached_or_nobody_left_to_wait_for(view, now):
     over = now >= view.deadline_at or view.num_open == 0
     if due(view, now) is E.CLOSE:
@@ -59,12 +70,18 @@ def test_abandoning_means_below_the_minimum(view, now):
         assert now >= view.deadline_at or view.num_open == 0
 
 
-@given(RUNNING)
+@given(RUNNING.map(in_async), NOW)
+def test_an_async_round_ends_with_a_full_group_and_is_never_abandoned(view, now):
+    event = due(view, now)
+    assert event is (E.CLOSE if view.num_reported >= view.minimum else None)
+
+
+@given(RUNNING.map(in_rounds))
 def test_every_running_round_ends_by_its_deadline(view):
     assert due(view, view.deadline_at) in (E.CLOSE, E.ABANDON)
 
 
-@given(OPEN, NOW)
+@given(OPEN.map(in_rounds), NOW)
 def test_nobody_is_drawn_from_too_small_a_pool(view, now):
     if due(view, now) is E.SELECT:
         assert view.num_waiting >= view.minimum

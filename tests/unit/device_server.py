@@ -17,6 +17,7 @@ import httpx
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from homespun import zoo
 from homespun.clock import ManualClock
@@ -41,6 +42,7 @@ from homespun.protocol.messages import (
     Abort,
     Aggregation,
     Assigned,
+    Carried,
     CheckIn,
     CheckInReply,
     Claim,
@@ -270,6 +272,7 @@ class FakeServer(httpx.BaseTransport):
         deadline_s: float = 600.0,
         aggregation: Aggregation = Aggregation.PLAIN,
         min_group: int = 3,
+        max_staleness: int = 0,
     ) -> Offer:
         """Offer one round, in place of any other, with an assignment for whoever claims it."""
         packed = plan or DIGITS.to_bytes()
@@ -287,6 +290,7 @@ class FakeServer(httpx.BaseTransport):
             min_group=min_group,
             download_bytes=len(packed),
             upload_bytes=frame_size(32, 7, manifest.num_parameters),
+            max_staleness=max_staleness,
         )
         self.offers = [offer]
         name = f"{kind}-{number}-{attempt}"
@@ -307,6 +311,7 @@ class FakeServer(httpx.BaseTransport):
             aggregation=aggregation,
             seed=7,
             deadline_s=deadline_s,
+            max_staleness=max_staleness,
         )
         return offer
 
@@ -320,6 +325,7 @@ class FakeServer(httpx.BaseTransport):
         min_group: int = 3,
         deadline_s: float = 600.0,
         watch: Watch | None = None,
+        max_staleness: int = 0,
     ) -> Terms:
         """Offer a round whose devices form one group: so many real ones, the others are played."""
         train, manifest = kind is TaskKind.TRAIN, DIGITS.manifest
@@ -349,6 +355,7 @@ class FakeServer(httpx.BaseTransport):
             deadline_s=deadline_s,
             aggregation=Aggregation.SECURE,
             min_group=min_group,
+            max_staleness=max_staleness,
         )
         self.offers = [msgspec.structs.replace(offer, watch=watch)]
         terms = Terms(
@@ -364,9 +371,35 @@ class FakeServer(httpx.BaseTransport):
             clip=codec.clip,
             n_min=min_group,
             n_max=codec.max_group,
+            max_staleness=max_staleness,
         )
         self.group = PlayedGroup(terms, num_real, num_played)
         return terms
+
+    def carry(self, *heads: str, attempt: int = 1) -> Carried:
+        """The assignment of round 1 is in a later round now, which `heads` lead up to, with another rotation."""
+        assert self.group is not None
+        assigned, manifest = self.assignments["train-1-1"], DIGITS.manifest
+        encoding = replace(assigned.encoding, rotation_seed=6 + len(heads))
+        codec = ContributionCodec(
+            dimension=manifest.num_parameters,
+            clip_norm=encoding.clip_norm,
+            max_weight=encoding.max_weight,
+            metrics=("loss", *manifest.metrics),
+            max_group=encoding.max_group,
+            bits=encoding.bits,
+            rotation_seed=encoding.rotation_seed,
+        )
+        terms = replace(
+            self.group.terms,
+            round_number=1 + len(heads),
+            attempt=attempt,
+            checkpoint_hash=(*assigned.checkpoints, *heads)[-1],
+            schema=codec.schema,
+        )
+        carried = Carried(terms=terms, encoding=encoding, ancestry=(*assigned.checkpoints, *heads))
+        self.group = PlayedGroup(terms, 1, 3, carried)
+        return carried
 
     def release(
         self,
@@ -421,7 +454,7 @@ class Player:
         names = ("task", "round_number", "attempt", "plan_hash", "bits", "dimension", "num_aux")
         same = {name: getattr(terms, name) for name in (*names, "schema", "clip", "n_max")}
         work = secagg.Work(**same, ancestry=(terms.checkpoint_hash,))
-        demands = secagg.Demands(smallest_group=3)
+        demands = secagg.Demands(smallest_group=3, max_staleness=terms.max_staleness)
         me = self.identity
         self._state, keys = secagg.advertise_keys(terms, work, demands, me.public_key, me, urandom)
         return keys
@@ -448,8 +481,11 @@ class PlayedGroup:
     `received`: (step, body) of the real devices, repetitions too; `sums`: what was opened.
     """
 
-    def __init__(self, terms: Terms, num_real: int, num_played: int) -> None:
+    def __init__(
+        self, terms: Terms, num_real: int, num_played: int, carried: Carried | None = None
+    ) -> None:
         self.terms, self.group = terms, Group(terms)
+        self.invitation = carried or terms
         self.players = [Player(100 + number, terms) for number in range(num_played)]
         self.received: list[tuple[str, bytes]] = []
         self.sums: Sums | None = None
@@ -464,7 +500,7 @@ class PlayedGroup:
         if self.sums is not None:
             return None
         if state.step is Step.ADVERTISE_KEYS:
-            return WAITING if self.knows(key) else self.terms
+            return WAITING if self.knows(key) else self.invitation
         index = self.group.index_of(key)
         return WAITING if index in self._answers() else self._request(index)
 

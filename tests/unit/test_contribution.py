@@ -75,6 +75,28 @@ def test_without_a_cap_everybody_weighs_one():
     assert {replace(CODEC, max_weight=0).weight(n) for n in (0, 1, 1000)} == {1.0}
 
 
+@pytest.mark.parametrize(("staleness", "share"), [(0, 1.0), (1, 2**-0.5), (3, 0.5), (8, 1 / 3)])
+def test_who_is_behind_weighs_less(staleness, share):
+    """In whole steps, and as much less in both vectors: the mean of one contribution is its update."""
+    steps = round(0.5 * share * AUX_SCALE)
+    assert CODEC.weight(5, staleness) == steps / AUX_SCALE
+    update = np.array([3, 4], np.float32)
+    metrics = {name: MetricSum(0.0, 1.0) for name in CODEC.metrics}
+    contribution = CODEC.encode(update, 5, metrics, np.random.default_rng(0), staleness)
+    assert contribution.aux[0] == steps
+    assert CODEC.decode(contribution).mean_update == pytest.approx(update, abs=1e-6)
+
+
+def test_the_sum_is_a_mean_weighted_by_staleness():
+    """sum(s w u) / sum(s w) on paper: (0.5 * 3 + 1 * 0) / 1.5 = 1."""
+    metrics = {name: MetricSum(0.0, 1.0) for name in CODEC.metrics}
+    total = CODEC.empty()
+    for value, staleness in ((3.0, 3), (0.0, 0)):
+        update = np.array([value, 0], np.float32)
+        CODEC.add(total, CODEC.encode(update, 10, metrics, np.random.default_rng(0), staleness))
+    assert CODEC.decode(total).mean_update == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
 def test_a_device_without_examples_does_not_stop_the_round():
     result = CODEC.decode(total_of(CODEC, encode((0.0, 0.0), 0)))
     assert result.num_clients == 1

@@ -12,6 +12,7 @@ from homespun.protocol.messages import (
     Abort,
     Aggregation,
     Assigned,
+    Carried,
     CheckIn,
     CheckInReply,
     Claim,
@@ -34,6 +35,7 @@ from homespun.protocol.messages import (
     decode,
     encode,
 )
+from homespun.secagg.messages import Terms
 
 HASH = "a" * 64
 RETRY = RetryWindow(earliest_s=1.0, latest_s=2.5)
@@ -75,6 +77,25 @@ EXAMPLES = (
     Rejected(reason="not_drawn", retry=RETRY),
     Receipt(assignment_id="a1", state=ReportState.INCLUDED, digest=HASH, checkpoint=HASH),
     Abort(assignment_id="a1"),
+    Carried(
+        terms=Terms(
+            task="words",
+            round_number=2,
+            attempt=1,
+            checkpoint_hash=HASH,
+            plan_hash=HASH,
+            bits=16,
+            dimension=3,
+            num_aux=2,
+            schema="s",
+            clip=1.0,
+            n_min=3,
+            n_max=3,
+            max_staleness=1,
+        ),
+        encoding=Encoding(clip_norm=1.0, max_weight=0, max_group=3),
+        ancestry=(HASH, HASH),
+    ),
     Settled(receipt=Receipt(assignment_id="a1", state=ReportState.LATE)),
     ReleaseManifest(
         population="phones",

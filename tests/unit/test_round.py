@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from homespun.errors import Conflict
-from homespun.protocol.round import ROUND, RoundEvent, RoundState, RoundView, cohort_size, due
+from homespun.protocol.round import (
+    ROUND,
+    RoundEvent,
+    RoundState,
+    RoundView,
+    cohort_size,
+    due,
+    may_carry,
+)
 
 R, E = RoundState, RoundEvent
 SELECT_AT, DEADLINE = 100.0, 200.0
@@ -113,6 +121,47 @@ def test_a_running_round_with_groups(num_collecting, num_reported, num_open, now
         num_open=num_open,
     )
     assert due(view, now) is event
+
+
+ASYNC = replace(SECURE, is_async=True)
+
+
+def test_an_async_round_admits_at_once_and_as_long_as_it_runs():
+    assert due(replace(ASYNC, state=R.OPEN), 0.0) is E.SELECT
+    assert [s for s in R if replace(ASYNC, state=s).is_admitting] == [R.RUNNING]
+    assert [s for s in R if replace(SECURE, state=s).is_admitting] == [R.OPEN]
+
+
+@pytest.mark.parametrize(
+    ("num_collecting", "num_reported", "num_open", "event"),
+    [
+        (0, 0, 0, None),  # nobody is there, but somebody may come
+        (0, 2, 0, None),  # what survived of a group is too little
+        (1, 3, 5, None),  # a group's reports are on the way
+        (0, 3, 5, E.CLOSE),  # a group that lost devices is an update all the same
+        (0, 4, 5, E.CLOSE),
+    ],
+)
+def test_a_running_async_round_waits_for_a_group_not_for_the_clock(
+    num_collecting, num_reported, num_open, event
+):
+    view = replace(
+        ASYNC,
+        state=R.RUNNING,
+        num_collecting=num_collecting,
+        num_reported=num_reported,
+        num_open=num_open,
+    )
+    for now in (0.0, 1e12):
+        assert due(view, now) is event
+
+
+@pytest.mark.parametrize(
+    ("origin", "number", "max_staleness", "carried"),
+    [(1, 2, 0, False), (1, 1, 0, False), (1, 1, 1, True), (1, 2, 1, True), (1, 3, 1, False)],
+)
+def test_who_may_be_carried(origin, number, max_staleness, carried):
+    assert may_carry(origin, number, max_staleness) is carried
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_nothing_is_reported_without_a_durable_intent():
     sources = {row.source for row in SESSION.rows if row.target is S.REPORTING}
     assert sources == {S.INTENT, S.REPORTING}
     stays = {row.event for row in SESSION.rows if row.source is row.target}
-    assert stays == {E.PAUSE, E.RESUME, E.RESTART, E.MASK}
+    assert stays == {E.PAUSE, E.RESUME, E.RESTART, E.CARRY, E.MASK}
 
 
 def test_nothing_trains_before_it_is_verified():

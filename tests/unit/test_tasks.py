@@ -20,6 +20,7 @@ MINIMAL = {
     "goal": 20,
     "minimum": 10,
 }
+ASYNC = {"mode": "async", "max_staleness": 5, "concurrency": 50}
 
 
 def test_the_least_that_a_task_says():
@@ -67,6 +68,17 @@ def test_the_same_task_in_toml():
 def test_a_task_survives_the_database():
     task = parse({**MINIMAL, "criteria": {"max_age_s": 3600}, "seed": 7})
     assert parse(msgspec.json.decode(msgspec.json.encode(task))) == task
+
+
+def test_a_device_is_waited_for_through_every_round_that_its_report_may_go_into():
+    assert parse({**MINIMAL, "deadline_s": 60}).assignment_s == 60
+    assert parse({**MINIMAL, "deadline_s": 60, "max_staleness": 2}).assignment_s == 180
+    assert parse({**MINIMAL, **ASYNC, "deadline_s": 60}).assignment_s == 60
+
+
+def test_an_async_task_has_groups_of_its_goal():
+    task = parse({**MINIMAL, **ASYNC})
+    assert (task.is_async, task.max_group, task.concurrency) == (True, 20, 50)
 
 
 def test_a_pool_is_never_smaller_than_the_cohort():
@@ -157,6 +169,13 @@ def test_a_field_that_is_wrong_is_named(changes, says):
         ({"goal": 60_000}, "cohort is too large"),  # 78,000 devices
         ({"goal": 20_000, "aggregation": "plain"}, "leave no room in the word"),
         ({"goal": 100, "bits": 8}, "leave no room in the word"),
+        ({"max_staleness": 1, "aggregation": "plain"}, "securely aggregated training"),
+        ({"max_staleness": 1, "kind": "evaluate"}, "securely aggregated training"),
+        ({"concurrency": 30}, "concurrency is for async tasks"),
+        ({"mode": "async", "concurrency": 30}, "an async task needs max_staleness"),
+        ({**ASYNC, "concurrency": 19}, "fewer devices at once"),
+        ({**ASYNC, "groups": {"size": 19}}, "the sum of one group"),
+        ({**ASYNC, "kind": "evaluate"}, "securely aggregated training"),
     ],
 )
 def test_values_that_cannot_go_together_are_refused(changes, says):

@@ -116,7 +116,7 @@ def print_rounds(rounds: list[RoundSummary]) -> None:
             view.task_name,
             f"{view.round_number}.{view.attempt}",
             view.state,
-            f"{view.num_reported}/{view.num_assigned}",
+            f"{view.num_reported}/{view.num_assigned}" + stragglers(view, "+{}"),
             ", ".join(f"{name} {metric(view, name)}" for name in view.metrics),
             view.reason or (view.checkpoint or "")[:12],
         )
@@ -124,6 +124,11 @@ def print_rounds(rounds: list[RoundSummary]) -> None:
     ]
     columns = ("task", "round", "state", "reports", "metrics", "checkpoint or reason")
     print_table(columns, rows, "no rounds yet")
+
+
+def stragglers(view: RoundSummary, text: str) -> str:
+    """`text` with the number of devices of earlier rounds that may report in this one; nothing if there are none."""
+    return text.format(view.num_carried) if view.num_carried else ""
 
 
 def dropped_out(view: RoundSummary) -> tuple[int, int, int]:
@@ -140,10 +145,11 @@ def summed(view: RoundSummary) -> str:
     """How the reports of a round were added up."""
     if not view.groups:
         return f"{view.num_reported} of {view.num_assigned} reported"
+    expected = f"{view.num_assigned}" + stragglers(view, " and {} of earlier rounds")
     opened = sum(group.state is GroupState.OPENED for group in view.groups)
     lost = sum(dropped_out(view))
     return (
-        f"{view.num_reported} of {view.num_assigned} reported in {opened} secure "
+        f"{view.num_reported} of {expected} reported in {opened} secure "
         + ("sum" if opened == 1 else "sums")
         + (f", {lost} dropped out" if lost else "")
     )

@@ -19,7 +19,7 @@ import msgspec
 
 from homespun.device.home import storage
 from homespun.errors import Conflict, StorageFailure
-from homespun.protocol.messages import Offer, ReportState
+from homespun.protocol.messages import Mode, Offer, ReportState
 from homespun.protocol.session import Session
 
 DAY_S = 86_400.0
@@ -129,6 +129,7 @@ class Journal:
                 self._db.execute(
                     "INSERT INTO participation VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)"
                     " ON CONFLICT (session_id) DO UPDATE SET"
+                    " round_number = excluded.round_number, attempt = excluded.attempt,"
                     " digest = excluded.digest, outcome = excluded.outcome, reason = excluded.reason",
                     (
                         session.session_id,
@@ -225,7 +226,12 @@ class Journal:
         return None if row[0] is None else float(row[0])
 
     def was_assigned(self, offer: Offer) -> bool:
-        """Whether this very round attempt has been tried, however it ended."""
+        """Whether this very round attempt has been tried, however it ended.
+
+        An async round goes on for as long as it takes, so whoever failed may try again.
+        """
+        if offer.mode is Mode.ASYNC:
+            return False
         with storage(self._path):
             row = self._db.execute(
                 "SELECT 1 FROM participation WHERE task_name = ? AND round_number = ? AND attempt = ?"

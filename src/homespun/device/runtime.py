@@ -17,6 +17,7 @@ import base64
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from homespun.clock import Clock
@@ -31,7 +32,7 @@ from homespun.device.models import open_models
 from homespun.device.offers import Judge, Reason, reasons_of
 from homespun.device.policy import CurrentPolicy
 from homespun.device.sealing import Seal
-from homespun.device.secure import MASK_INPUT, Member, Request
+from homespun.device.secure import MASK_INPUT, Member, Request, carry
 from homespun.device.status import Board
 from homespun.device.stopping import Stop, Stopped
 from homespun.device.wanted import Wanted
@@ -51,11 +52,13 @@ from homespun.errors import (
     TooLarge,
     Unreachable,
     WeakTerms,
+    WrongStep,
 )
 from homespun.protocol.eligibility import Conditions, check_conditions, check_population
 from homespun.protocol.messages import (
     Aggregation,
     Assigned,
+    Carried,
     CheckIn,
     Claim,
     Criteria,
@@ -427,7 +430,7 @@ class Runtime:
         self._board.refuse(unmet)
         if unmet:
             return self._leave(unmet[0].text) if self._waited_enough else RECHECK_S
-        self._say(f"in a group of round {offer.round_number} of {offer.task_name}")
+        self._say(f"in a group of round {self._assigned.round_number} of {offer.task_name}")
         try:
             reply = self._exchange(asked)
             if isinstance(reply, Settled):
@@ -452,6 +455,8 @@ class Runtime:
         poll_s = self._settings.poll_s
         if asked is None:
             return self._connection.group(self._assigned, poll_s)
+        if isinstance(asked, Carried):
+            self._carry(asked)
         step, body = self._member.answer(asked)
         if step == MASK_INPUT:
             self._go(E.MASK, masked=True)
@@ -461,9 +466,20 @@ class Runtime:
             raise
         except HomespunError:  # too late for this step; the device may still be in the sum
             reply = self._connection.group(self._assigned, poll_s)
-            if isinstance(reply, type(asked)):
+            if reply == asked:
                 raise
             return reply
+
+    def _carry(self, carried: Carried) -> None:
+        """Encode the same update for the round that the assignment is in now, durably, before joining its group.
+
+        Raises `WrongStep` if the contribution may have left already, masked: there must never be two of it.
+        """
+        if self._session.masked:
+            raise WrongStep("carried into another round after the masked input had left")
+        assigned = carry(self._assigned, self._session.ancestry, carried)
+        digest = replace(self._work, assigned=assigned).encode_again(len(carried.ancestry) - 1)
+        self._go(E.CARRY, assigned=assigned, ancestry=carried.ancestry, digest=digest)
 
     @property
     def _others_wait(self) -> bool:
@@ -598,6 +614,7 @@ class Runtime:
             self._work,
             self._offer.task_name,
             self._session.digest,
+            self._session.ancestry,
             self._policy().min_group,
             self._connection.identity,
             self._seal,

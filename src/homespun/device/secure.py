@@ -16,11 +16,11 @@ from homespun.device.home import storage, write_atomically
 from homespun.device.identity import Identity
 from homespun.device.sealing import Seal
 from homespun.device.work import Work
-from homespun.errors import StorageFailure, WrongStep
+from homespun.errors import StorageFailure, WrongStep, WrongTerms
 from homespun.learning.contribution import ContributionCodec
 from homespun.protocol import messages
 from homespun.protocol.frame import decode_contribution, encode_masked_input
-from homespun.protocol.messages import Assigned, checkpoints_hash
+from homespun.protocol.messages import Assigned, Carried, checkpoints_hash
 from homespun.secagg import device as secagg
 from homespun.secagg.messages import (
     Agree,
@@ -34,17 +34,18 @@ from homespun.secagg.messages import (
 )
 from homespun.types import Hash
 
-Request = Terms | ShareKeysRequest | MaskInputRequest | AgreeRequest | UnmaskRequest
+Request = Terms | Carried | ShareKeysRequest | MaskInputRequest | AgreeRequest | UnmaskRequest
 MASK_INPUT = "mask-input"
 
 
 @dataclass(frozen=True)
 class Member:
-    """`task`: name of the task; `digest`: of the journalled report; `min_group`: of the device's policy."""
+    """`task`: name of the task; `digest` and `ancestry`: as journalled; `min_group`: of the device's policy."""
 
     work: Work
     task: str
     digest: Hash | None
+    ancestry: tuple[Hash, ...]
     min_group: int
     identity: Identity
     seal: Seal
@@ -56,8 +57,8 @@ class Member:
         `Conflict` when the report is not the one that was journalled, and what `Work.verified` raises.
         """
         state = self._load()
-        if isinstance(asked, Terms):
-            return self._join(asked, state)
+        if isinstance(asked, Terms | Carried):
+            return self._join(asked if isinstance(asked, Terms) else asked.terms, state)
         if state is None:
             raise WrongStep("the server asks about a group that this device does not know")
         new: secagg.DeviceState
@@ -80,8 +81,11 @@ class Member:
             # The server can open that group, whatever it says. The same vectors in a second one would give it
             # the difference of two sums: of those whose members are all the same but one, what that one sent.
             raise WrongStep("another group after this device helped to open its first")
-        work = group_work(self.task, self.work.assigned, self.work.codec())
-        demands = secagg.Demands(smallest_group=self.min_group)
+        assigned = self.work.assigned
+        work = group_work(self.task, assigned, self.work.codec(), self.ancestry)
+        demands = secagg.Demands(
+            smallest_group=self.min_group, max_staleness=assigned.max_staleness
+        )
         identity = self.identity
         state, keys = secagg.advertise_keys(
             terms, work, demands, identity.public_key, identity, token_bytes
@@ -117,14 +121,46 @@ class Member:
         return f"homespun-group-v1/{self.work.directory.name}".encode()
 
 
-def group_work(task: str, assigned: Assigned, codec: ContributionCodec) -> secagg.Work:
-    """What the terms of a group must say for a contribution of this assignment."""
+def carry(assigned: Assigned, known: tuple[Hash, ...], carried: Carried) -> Assigned:
+    """The assignment as it is in the round that it was carried into. `known`: the ancestry so far.
+
+    Raises `WrongTerms` unless the new ancestry goes on from the known one, one checkpoint a round, and is no longer
+    than the device agreed to when it took the offer.
+    """
+    terms, ancestry = carried.terms, carried.ancestry
+    known = known or assigned.checkpoints
+    num_rounds = terms.round_number - assigned.round_number
+    follows = ancestry[: len(known)] == known and ancestry[-1] == terms.checkpoint_hash
+    if not follows or len(ancestry) != len(known) + num_rounds:
+        raise WrongTerms(
+            "the round does not follow the one that this device was in",
+            expected=str(known),
+            got=str(ancestry),
+        )
+    if len(ancestry) > assigned.max_staleness + 1:
+        raise WrongTerms(
+            "the round is further from the one that this device was assigned in than was offered",
+            expected=f"<= {assigned.max_staleness}",
+            got=len(ancestry) - 1,
+        )
+    return msgspec.structs.replace(
+        assigned,
+        round_number=terms.round_number,
+        attempt=terms.attempt,
+        encoding=carried.encoding,
+    )
+
+
+def group_work(
+    task: str, assigned: Assigned, codec: ContributionCodec, ancestry: tuple[Hash, ...] = ()
+) -> secagg.Work:
+    """What the terms of a group must say for a contribution of this assignment; `ancestry`: if it was carried."""
     return secagg.Work(
         task=task,
         round_number=assigned.round_number,
         attempt=assigned.attempt,
         plan_hash=assigned.plan_hash,
-        ancestry=(checkpoints_hash(assigned.checkpoints),),
+        ancestry=ancestry or (checkpoints_hash(assigned.checkpoints),),
         bits=codec.bits,
         dimension=codec.dimension,
         num_aux=len(codec.aux_names),

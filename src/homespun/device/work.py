@@ -13,12 +13,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from homespun.device.home import remove, storage, sync_directory, sync_file, write_atomically
 from homespun.device.models import HEADER_BYTES, Fetch
 from homespun.device.watching import Watcher
 from homespun.errors import Conflict, NotAllowed, PlanError, ProtocolError
 from homespun.learning.contribution import Contribution, ContributionCodec
-from homespun.learning.metrics import paired, paired_names, watched_names
+from homespun.learning.metrics import MetricSum, paired, paired_names, watched_names
 from homespun.plan import features
 from homespun.plan.manifest import Manifest
 from homespun.plan.package import MAX_PLAN_BYTES, Plan
@@ -54,6 +57,10 @@ class Work:
     @property
     def group_file(self) -> Path:
         return self.directory / "group.bin"
+
+    @property
+    def update_file(self) -> Path:
+        return self.directory / "update.bin"
 
     @property
     def report_file(self) -> Path:
@@ -170,6 +177,24 @@ class Work:
             contribution = run(self, plan, rows, seed, should_stop)
         if contribution is None:
             return None
+        return self._write_report(contribution)
+
+    def encode_again(self, staleness: int) -> Hash:
+        """Write the report anew, of the same update for the round that this is now; its digest, the same every time.
+
+        Raises `Conflict` if the update is not there any more, and what `verified` and `codec` raise.
+        """
+        with storage(self.update_file):
+            kept = self.update_file.read_bytes() if self.update_file.exists() else b""
+        try:
+            update = msgspec.msgpack.decode(kept, type=Update)
+        except msgspec.MsgspecError as error:
+            raise Conflict("the update on disk is not the one that was made") from error
+        assigned, codec = self.assigned, self.codec(self.verified().manifest)
+        rng = stream(update.seed, "rounding", assigned.round_number, assigned.attempt)
+        return self._write_report(update.encode(codec, rng, staleness))
+
+    def _write_report(self, contribution: Contribution) -> Hash:
         body = encode_contribution(contribution)
         write_atomically(self.report_file, body)
         remove(self.step_file)
@@ -184,9 +209,28 @@ class Work:
         return body
 
 
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """What training made, before it is encoded: kept while a later round may need it in another encoding.
+
+    `vector`: the update `[d]`, float32, little-endian; `metrics`: name -> (sum, count); `seed`: of the rounding.
+    """
+
+    vector: bytes
+    num_examples: int
+    metrics: dict[str, tuple[float, float]]
+    seed: int
+
+    def encode(
+        self, codec: ContributionCodec, rng: np.random.Generator, staleness: int = 0
+    ) -> Contribution:
+        metrics = {name: MetricSum(*value) for name, value in self.metrics.items()}
+        vector = np.frombuffer(self.vector, "<f4")
+        return codec.encode(vector, self.num_examples, metrics, rng, staleness)
+
+
 def check_assignment(offer: Offer, assigned: Assigned) -> None:
     """Raise `ProtocolError` unless the assignment is what was offered and accepted."""
-    for name in ("kind", "round_number", "attempt", "plan_hash", "aggregation"):
+    for name in ("kind", "round_number", "attempt", "plan_hash", "aggregation", "max_staleness"):
         offered, got = getattr(offer, name), getattr(assigned, name)
         if offered != got:
             raise ProtocolError(
@@ -219,8 +263,16 @@ def _train(
     if result.interrupted:
         kept.write(result.progress)
         return None
-    update = trees.flatten(result.update, manifest.shapes)
-    return codec.encode(update, result.num_examples, result.metrics, stream(seed, "rounding"))
+    vector = trees.flatten(result.update, manifest.shapes)
+    update = Update(
+        vector=vector.astype("<f4").tobytes(),
+        num_examples=result.num_examples,
+        metrics={name: (metric.sum, metric.count) for name, metric in result.metrics.items()},
+        seed=seed,
+    )
+    if work.assigned.max_staleness:
+        write_atomically(work.update_file, msgspec.msgpack.encode(update))
+    return update.encode(codec, stream(seed, "rounding"))
 
 
 def _evaluate(

@@ -113,12 +113,15 @@ class ContributionCodec:
     def aux_names(self) -> tuple[str, ...]:
         return (*_LEADING, *(f"{m}.{part}" for m in self.metrics for part in ("sum", "count")))
 
-    def weight(self, num_examples: int) -> float:
-        """min(n, max_weight) / max_weight, in (0, 1], a whole number of auxiliary steps and at least one."""
-        if self.max_weight == 0:
-            return 1.0
-        steps = round(min(num_examples, self.max_weight) / self.max_weight * AUX_SCALE)
-        return max(steps, 1) / AUX_SCALE
+    def weight(self, num_examples: int, staleness: int = 0) -> float:
+        """min(n, max_weight) / max_weight / sqrt(1 + staleness), in (0, 1].
+
+        A whole number of auxiliary steps and at least one, so that the sum of the weights is exact. `staleness`:
+        committed rounds between the checkpoint that was trained from and the one that the sum will move (FedBuff,
+        Nguyen et al. 2022; the function is FedAsync's polynomial one with a = 1/2, Xie et al. 2019).
+        """
+        share = min(num_examples, self.max_weight) / self.max_weight if self.max_weight else 1.0
+        return max(round(share / sqrt(1 + staleness) * AUX_SCALE), 1) / AUX_SCALE
 
     def encode(
         self,
@@ -126,8 +129,9 @@ class ContributionCodec:
         num_examples: int,
         metrics: Mapping[str, MetricSum],
         rng: np.random.Generator,
+        staleness: int = 0,
     ) -> Contribution:
-        """Clip the update `[d]` to `clip_norm`, weight it, rotate it, quantize it.
+        """Clip the update `[d]` to `clip_norm`, weight it, rotate it, quantize it. `staleness`: as of `weight`.
 
         Raises `NumericFailure` for non-finite or absurd values, `ShapeMismatch` for a wrong length or a
         missing metric: such a contribution never leaves the device.
@@ -145,7 +149,7 @@ class ContributionCodec:
             raise NumericFailure(
                 "the update is not finite", hint="nothing was sent; lower the learning rate"
             )
-        weight = self.weight(num_examples)
+        weight = self.weight(num_examples, staleness)
         factor = weight * min(1.0, self.clip_norm / length) if length > 0 else weight
         values = [weight, 1.0, float(length > self.clip_norm)]
         for name in self.metrics:

@@ -57,6 +57,13 @@ class Aggregation(StrEnum):
     PLAIN = "plain"
 
 
+class Mode(StrEnum):
+    """When devices are let in: `rounds` (a cohort is drawn for each) or `async` (at any time, a few at once)."""
+
+    ROUNDS = "rounds"
+    ASYNC = "async"
+
+
 class RetryWindow(Message, frozen=True, kw_only=True):
     """Come back at a time drawn once, uniformly, between the two.
 
@@ -206,8 +213,9 @@ class Offer(Message, frozen=True, kw_only=True):
     """One open round, and all a device needs to decide whether to claim it.
 
     `min_group`: fewest contributions that are ever decoded together; `download_bytes`: plan and checkpoints;
-    `upload_bytes`: one report; `watch`: of an evaluation that asks about what devices serve (null: it brings its own
-    checkpoints).
+    `upload_bytes`: one report; `mode`: whether a cohort is drawn, or whoever comes is let in; `max_staleness`:
+    most rounds that may be committed between the one a device was assigned in and the one its report goes into;
+    `watch`: of an evaluation that asks about what devices serve (null: it brings its own checkpoints).
     """
 
     task_id: str
@@ -222,6 +230,8 @@ class Offer(Message, frozen=True, kw_only=True):
     download_bytes: Count
     upload_bytes: Count
     watch: Watch | None = None
+    mode: Mode = Mode.ROUNDS
+    max_staleness: Count = 0
 
 
 class ReleaseNotice(Message, frozen=True, kw_only=True):
@@ -257,7 +267,8 @@ class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
 
     `checkpoints`: what to train from (one), or to evaluate (candidate first, incumbent second); `encoding`:
     how the contribution is encoded; `seed`: public randomness of this round attempt, mixed with the device's
-    own seed; `deadline_s`: time left to report.
+    own seed; `deadline_s`: time left to report; `max_staleness`: as offered; above 0, the device keeps its
+    update until the session ends, for a later round may need it in another encoding.
     """
 
     assignment_id: str
@@ -270,6 +281,7 @@ class Assigned(Message, frozen=True, kw_only=True, tag="assigned"):
     aggregation: Aggregation
     seed: int
     deadline_s: Seconds
+    max_staleness: Count = 0
 
 
 class Waiting(Message, frozen=True, kw_only=True, tag="waiting"):
@@ -282,7 +294,7 @@ class Waiting(Message, frozen=True, kw_only=True, tag="waiting"):
 
 
 class Rejected(Message, frozen=True, kw_only=True, tag="rejected"):
-    """Not this time. `reason`: not_drawn, round_closed, unknown_round or not_in_bucket."""
+    """Not this time. `reason`: not_drawn, full, round_closed, unknown_round or not_in_bucket."""
 
     reason: str
     retry: RetryWindow
@@ -335,8 +347,28 @@ class Settled(Message, frozen=True, kw_only=True, tag="settled"):
     receipt: Receipt
 
 
+class Carried(Message, frozen=True, kw_only=True, tag="carried"):
+    """The assignment was carried into a later round: encode the same update again, weighted by its staleness, and join.
+
+    `terms`: of that round's groups; the answer is that to Terms; `encoding`: how the contribution is encoded there;
+    `ancestry`: the checkpoint that the device trained from and those that followed, up to the one in the terms; its
+    staleness is their number less one.
+    """
+
+    terms: Terms
+    encoding: Encoding
+    ancestry: Annotated[tuple[Sha256, ...], Meta(min_length=1)]
+
+
 GroupReply = (
-    Terms | ShareKeysRequest | MaskInputRequest | AgreeRequest | UnmaskRequest | Waiting | Settled
+    Terms
+    | Carried
+    | ShareKeysRequest
+    | MaskInputRequest
+    | AgreeRequest
+    | UnmaskRequest
+    | Waiting
+    | Settled
 )
 """What a group asks of one of its devices next. `Terms`: join one, with fresh keys."""
 

@@ -47,12 +47,17 @@ ROUND: Machine[RoundState, RoundEvent] = Machine(
     R.PLANNED,
     (
         Row(R.PLANNED, E.OPEN, R.OPEN, "head is the base checkpoint"),
-        Row(R.OPEN, E.SELECT, R.RUNNING, "pool filled, or window over and pool >= minimum"),
+        Row(
+            R.OPEN,
+            E.SELECT,
+            R.RUNNING,
+            "pool filled, or window over and pool >= minimum, or at once if async",
+        ),
         Row(
             R.RUNNING,
             E.CLOSE,
             R.CLOSING,
-            "goal reached, or nobody left to wait for and reports >= minimum",
+            "goal reached, or nobody left to wait for and reports >= minimum, or minimum reached if async",
         ),
         Row(R.RUNNING, E.ABANDON, R.ABANDONED, "nobody left to wait for and reports < minimum"),
         Row(R.CLOSING, E.AGGREGATE, R.AGGREGATED, "plain sums complete"),
@@ -79,7 +84,8 @@ class RoundView:
 
     `pool_target`: the pool that ends the window early, 0 if none does; `num_open`: devices that may still report,
     with secure aggregation those that are in no group yet; `num_collecting`: groups whose reports are on the way;
-    `num_unopened`: groups whose sum is not known yet.
+    `num_unopened`: groups whose sum is not known yet; `is_async`: devices come and go at any time, so there is
+    neither a pool nor an end of waiting.
     """
 
     state: RoundState
@@ -96,10 +102,21 @@ class RoundView:
     secure: bool = False
     num_collecting: int = 0
     num_unopened: int = 0
+    is_async: bool = False
 
     @property
     def cohort_size(self) -> int:
         return cohort_size(self.goal, self.over_selection)
+
+    @property
+    def is_admitting(self) -> bool:
+        """Whether a device may claim a place."""
+        return self.state is (R.RUNNING if self.is_async else R.OPEN)
+
+
+def may_carry(origin: int, number: int, max_staleness: int) -> bool:
+    """Whether a report that was assigned in round `origin` may go into round `number` of the same task."""
+    return max_staleness > 0 and number - origin <= max_staleness
 
 
 def cohort_size(goal: int, over_selection: float) -> int:
@@ -120,6 +137,8 @@ def due(view: RoundView, now: float) -> RoundEvent | None:
     match view.state:
         case R.PLANNED:
             return E.OPEN
+        case R.OPEN if view.is_async:
+            return E.SELECT
         case R.OPEN:
             ready = pool_ready(
                 view.num_waiting, view.pool_target, view.minimum, window_over=now >= view.select_at
@@ -128,6 +147,8 @@ def due(view: RoundView, now: float) -> RoundEvent | None:
         case R.RUNNING:
             if view.num_collecting:
                 return None  # the steps of a group have deadlines of their own
+            if view.is_async:  # a full group is one update, whatever it lost on the way
+                return E.CLOSE if view.num_reported >= view.minimum else None
             if view.num_reported >= view.goal:
                 return E.CLOSE
             if now >= view.deadline_at or view.num_open == 0:

@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from homespun.protocol.machine import Machine, Row
-from homespun.protocol.messages import Assigned, Offer
+from homespun.protocol.messages import Assigned, Offer, Sha256
 
 
 class SessionState(StrEnum):
@@ -50,6 +50,7 @@ class SessionEvent(StrEnum):
     PACKAGE = "package"
     INTEND = "intend"
     REPORT = "report"
+    CARRY = "carry"
     MASK = "mask"
     ACKNOWLEDGE = "acknowledge"
     TOO_LATE = "too_late"
@@ -81,6 +82,9 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
         Row(S.TRAINING, E.PACKAGE, S.PACKAGED, "clipped and encoded"),
         Row(S.PACKAGED, E.INTEND, S.INTENT, "durable before a byte leaves"),
         Row(S.INTENT, E.REPORT, S.REPORTING),
+        Row(
+            S.REPORTING, E.CARRY, S.REPORTING, "encoded anew for a later round, nothing was masked"
+        ),
         Row(S.REPORTING, E.MASK, S.REPORTING, "durable before the masked input leaves"),
         Row(S.REPORTING, E.ACKNOWLEDGE, S.ACKNOWLEDGED),
         Row(S.REPORTING, E.TOO_LATE, S.LATE),
@@ -109,7 +113,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     """The journalled record. `reason` says why it ended, for the person; `digest` is of the report's bytes.
 
     `masked`: securely aggregated, and the masked input may have left; it counts from then on. `is_paused`: it waits
-    for its conditions to return; `num_restarts`: in this state, after the process was killed.
+    for its conditions to return; `num_restarts`: in this state, after the process was killed; `ancestry`: after it was
+    carried, the checkpoint that the device trained from and those that followed, up to the base of its round now.
     """
 
     session_id: str
@@ -123,6 +128,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     masked: bool = False
     is_paused: bool = False
     num_restarts: int = 0
+    ancestry: tuple[Sha256, ...] = ()
     outcome: str | None = None
     reason: str = ""
 

@@ -19,6 +19,7 @@ from homespun.protocol.messages import (
     Count,
     Criteria,
     Message,
+    Mode,
     Name,
     Positive,
     RetryWindow,
@@ -68,7 +69,10 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
     reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
     `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
-    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training;
+    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training; `mode`: rounds
+    (each draws a cohort) or async (devices are let in at any time, and every full group is one update);
+    `concurrency`: async only, most devices at work at once; `max_staleness`: most rounds that may be committed
+    between the one a device was assigned in and the one its report goes into (0: it is late when its round closes);
     `difference_clip`: of evaluate tasks, largest difference between two models that a device reports; `watch`: of
     evaluate tasks that ask how the model does that devices serve.
     """
@@ -96,6 +100,9 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     seed: Count = 0
     difference_clip: Annotated[float, Meta(gt=0, le=1)] = 0.1
     watch: Watch | None = None
+    mode: Mode = Mode.ROUNDS
+    concurrency: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    max_staleness: Annotated[int, Meta(ge=0, le=1_000)] = 0
 
     def validate(self) -> None:
         """Raise `InvalidConfig` for values that cannot go together."""
@@ -119,6 +126,22 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             raise InvalidConfig("analyze tasks are not available yet", hint="use train or evaluate")
         if self.aggregation is Aggregation.SECURE:
             self._validate_groups()
+        if self.max_staleness > 0 and (
+            self.aggregation is Aggregation.PLAIN or self.kind is not TaskKind.TRAIN
+        ):
+            raise InvalidConfig(
+                "only the reports of securely aggregated training can go into a later round",
+                hint='leave max_staleness at 0, or use aggregation = "secure" and kind = "train"',
+                got=self.max_staleness,
+            )
+        if self.is_async:
+            self._validate_async()
+        elif self.concurrency:
+            raise InvalidConfig(
+                "concurrency is for async tasks",
+                hint="over_selection says how many devices a round draws",
+                got=self.concurrency,
+            )
         if self.retry.latest_s < self.retry.earliest_s:
             raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
         if unknown := [name for name in self.criteria.requires if name not in CONDITIONS]:
@@ -149,6 +172,27 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             bits=self.bits,
         )
 
+    def _validate_async(self) -> None:
+        if self.max_staleness == 0:
+            raise InvalidConfig(
+                "an async task needs max_staleness",
+                hint="devices start from different checkpoints; say how many rounds they may be apart",
+                expected=">= 1",
+                got=0,
+            )
+        if self.concurrency < self.goal:
+            raise InvalidConfig(
+                "fewer devices at once than an update is made of",
+                expected=f"concurrency >= {self.goal}",
+                got=self.concurrency,
+            )
+        if self.groups.size < self.goal:
+            raise InvalidConfig(
+                "an async update is the sum of one group",
+                expected=f"groups.size >= {self.goal}",
+                got=self.groups.size,
+            )
+
     def _validate_groups(self) -> None:
         groups = self.groups
         if groups.size < self.min_group:
@@ -177,6 +221,15 @@ class TaskSpec(Message, frozen=True, kw_only=True):
                 expected=f"<= {MAX_NEIGHBOURS}",
                 got=shape.degree,
             )
+
+    @property
+    def is_async(self) -> bool:
+        return self.mode is Mode.ASYNC
+
+    @property
+    def assignment_s(self) -> float:
+        """Longest that a device is waited for: through every round that its report may still go into."""
+        return self.deadline_s * (1 if self.is_async else 1 + self.max_staleness)
 
     @property
     def cohort_size(self) -> int:

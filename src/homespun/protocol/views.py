@@ -52,7 +52,10 @@ class GroupSummary(Message, frozen=True, kw_only=True):
 
 
 class RoundSummary(Message, frozen=True, kw_only=True):
-    """One round attempt. `metrics` by name; `clipped_share`: updates that met the clip bound."""
+    """One round attempt. `metrics` by name; `clipped_share`: updates that met the clip bound.
+
+    `num_assigned`: devices that were given a place in it; `num_carried`: stragglers of earlier rounds that may join.
+    """
 
     task_id: str
     task_name: str
@@ -67,6 +70,7 @@ class RoundSummary(Message, frozen=True, kw_only=True):
     deadline_at: float | None = None
     num_waiting: int = 0
     num_assigned: int = 0
+    num_carried: int = 0
     num_reported: int = 0
     num_late: int = 0
     goal: int = 0

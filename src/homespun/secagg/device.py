@@ -102,7 +102,7 @@ class Work:
     """What the device did and is about to contribute; the terms must say the same.
 
     `n_max`: the largest group for which the encoding leaves room; `ancestry`: the checkpoint that it trained
-    from, then those that followed in the signed chain, as far as the device has verified it.
+    from, then those that followed, as the device was told, up to the one that its sum will move.
     """
 
     task: str

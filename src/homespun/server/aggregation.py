@@ -93,6 +93,7 @@ def group_terms(
         n_max=codec.max_group,
         corrupt_fraction=spec.groups.corrupt_fraction,
         drop_out_fraction=spec.groups.drop_out_fraction,
+        max_staleness=spec.max_staleness,
     )
 
 

@@ -13,7 +13,6 @@ from homespun.protocol.messages import (
     ReleaseNotice,
     RetryWindow,
 )
-from homespun.protocol.round import RoundState
 from homespun.protocol.selection import in_bucket
 from homespun.protocol.views import TaskState
 from homespun.server.aggregation import contribution_codec, report_size, round_checkpoints
@@ -48,7 +47,7 @@ class Board:
         """Read everything again; the new board replaces the old one in one step."""
         offers: dict[str, list[tuple[int, Offer]]] = {}
         for record in self._store.rounds.live(now):
-            if record.view.state is RoundState.OPEN:
+            if record.view.is_admitting:
                 offers.setdefault(record.task.spec.population, []).append(self._offer(record))
         releases: dict[str, list[ReleaseNotice]] = {}
         for population, notice in self._store.releases.notices():
@@ -97,6 +96,8 @@ class Board:
             download_bytes=sum(self._blobs.size(h) for h in (spec.plan_hash, *checkpoints)),
             upload_bytes=report_size(spec, codec),
             watch=spec.watch,
+            mode=spec.mode,
+            max_staleness=spec.max_staleness,
         )
         return manifest.format, offer
 

@@ -136,7 +136,7 @@ class LiveGroup:
         """End the steps that are complete or whose time is over. Whether one ended, and whether the group did."""
         moved = False
         while True:
-            record, group = self._store.groups.get(self.record.group_id), self._load()
+            record, group = self._get(), self._load()
             if record.view.state not in LIVE or group is None:
                 return moved, True
             try:
@@ -228,10 +228,13 @@ class LiveGroup:
         self._publish(group)
         return None
 
+    def _get(self) -> GroupRecord:
+        return self._store.groups.get(self.record.group_id, self._clock.now())
+
     def _load(self) -> Group | None:
         """The group as it was last made durable; None when it is over."""
         if self._group is None:
-            record = self._store.groups.get(self.record.group_id)
+            record = self._get()
             if record.view.state not in LIVE:
                 return None
             self._snapshot = record.snapshot

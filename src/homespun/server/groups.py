@@ -16,10 +16,15 @@ import structlog
 from homespun.clock import Clock
 from homespun.errors import Expired, HomespunError, WrongStep
 from homespun.protocol.group import LIVE, due
-from homespun.protocol.messages import GroupReply, ReportState, Settled
+from homespun.protocol.messages import Carried, GroupReply, ReportState, Settled
 from homespun.protocol.round import RoundState
 from homespun.secagg.messages import AdvertiseKeys, Terms
-from homespun.server.aggregation import contribution_codec, group_terms, round_scope
+from homespun.server.aggregation import (
+    contribution_codec,
+    encoding,
+    group_terms,
+    round_scope,
+)
 from homespun.server.batches import Batches
 from homespun.server.blobs import Blobs
 from homespun.server.group import AGAIN, Answer, Arrival, LiveGroup
@@ -65,11 +70,13 @@ class GroupDesk:
         if expected.group_id is not None:
             found = await self._find(expected.group_id)
             return None if found is None else found[0].ask(identity)
-        if expected.state is not RoundState.RUNNING or self._clock.now() >= expected.deadline_at:
-            return AGAIN  # the round is about to close
-        return await asyncio.to_thread(
-            self._terms, expected.task, expected.base, expected.number, expected.attempt
-        )
+        now, spec = self._clock.now(), expected.task.spec
+        if spec.max_staleness and now >= expected.expires_at:
+            await asyncio.to_thread(self._store.reports.expire, expected.receipt.assignment_id)
+            return None
+        if expected.state is not RoundState.RUNNING or now >= expected.deadline_at:
+            return AGAIN  # the round is about to close, or the next one to begin
+        return await asyncio.to_thread(self._invite, expected)
 
     async def answer(
         self, expected: Expectation, identity: bytes, answer: Answer, digest: Hash = ""
@@ -83,6 +90,8 @@ class GroupDesk:
         if expected.group_id is None:
             open_still = expected.receipt.state is ReportState.EXPECTED
             if open_still and isinstance(answer, AdvertiseKeys):
+                if self._clock.now() >= expected.expires_at:
+                    raise _too_late()
                 await self._join(expected.round_id, arrival)
         else:
             found = await self._find(expected.group_id)
@@ -94,7 +103,7 @@ class GroupDesk:
         failed: set[int] = set()
         while records := [
             record
-            for record in await asyncio.to_thread(self._store.groups.live)
+            for record in await asyncio.to_thread(self._store.groups.live, self._clock.now())
             if record.group_id not in failed and due(record.view, self._clock.now()) is not None
         ]:
             for record in records:
@@ -130,7 +139,7 @@ class GroupDesk:
                     return  # settled, or in another group since we looked: what is asked next tells
                 except WrongStep as error:
                     refusal = error
-        raise refusal or Expired("the round takes no more devices", state=ReportState.LATE)
+        raise refusal or _too_late()
 
     async def _find(self, group_id: int) -> tuple[LiveGroup, Batches[Arrival | None, None]] | None:
         """A group that is not over and its queue; read from the store after a restart."""
@@ -138,7 +147,8 @@ class GroupDesk:
             return self._live[group_id]
         async with self._opening:  # once, however many ask at the same time
             if group_id not in self._live:
-                record = await asyncio.to_thread(self._store.groups.get, group_id)
+                now = self._clock.now()
+                record = await asyncio.to_thread(self._store.groups.get, group_id, now)
                 if record.view.state not in LIVE:
                     return None
                 group = await asyncio.to_thread(self._open, record)
@@ -153,6 +163,19 @@ class GroupDesk:
         terms = self._terms(record.task, record.base, record.round_number, record.attempt)
         scope = round_scope(self._private, record.round_id)
         return LiveGroup(record, terms, self._store, scope, self._clock)
+
+    def _invite(self, expected: Expectation) -> Terms | Carried:
+        """The terms of the round that a device is in now, and what it needs to keep them if it comes from another."""
+        task, number, attempt = expected.task, expected.number, expected.attempt
+        terms = self._terms(task, expected.base, number, attempt)
+        if not expected.is_carried:
+            return terms
+        manifest = self._library.manifest(task.spec.plan_hash)
+        return Carried(
+            terms=terms,
+            encoding=encoding(task.spec, manifest, number, attempt),
+            ancestry=self._store.rounds.ancestry(task.task_id, expected.origin, number),
+        )
 
     def _terms(self, task: TaskRecord, base: Hash, number: int, attempt: int) -> Terms:
         manifest = self._library.manifest(task.spec.plan_hash)
@@ -179,3 +202,7 @@ class GroupDesk:
     def _end(self, group_id: int) -> None:
         self._live.pop(group_id, None)
         self._notices.ring(group_topic(group_id))
+
+
+def _too_late() -> Expired:
+    return Expired("the round takes no more devices", state=ReportState.LATE)

@@ -188,7 +188,8 @@ class DeviceApi:
             encoding=encoding(spec, manifest, *place),
             aggregation=spec.aggregation,
             seed=round_seed(spec, *place),
-            deadline_s=max(0.0, answer.deadline_at - self._home.clock.now()),
+            deadline_s=max(0.0, answer.expires_at - self._home.clock.now()),
+            max_staleness=spec.max_staleness,
         )
 
     # --- reporting --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Claims: devices that gather for a draw, and what became of them."""
+"""Claims: devices that gather for a draw, or for an async task are let in as they come, and what became of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from homespun.protocol.messages import ReportState
 from homespun.protocol.round import RoundState, pool_ready
+from homespun.protocol.tasks import TaskSpec
+from homespun.server.store.assignments import assign, num_places
 from homespun.server.store.database import Database
 from homespun.server.store.records import ClaimAnswer, Drawn, Gathered, TurnedAway, decode_spec
 from homespun.server.store.reports import receipt_id
@@ -30,9 +32,16 @@ class Claims:
         now: float,
         waits_until: float,
     ) -> ClaimAnswer:
-        """Ask to take part; asking again refreshes the claim, which lapses at `waits_until`."""
+        """Ask to take part; asking again refreshes the claim, which lapses at `waits_until`.
+
+        An async round that runs lets the device in at once, first come first served, if it has a place.
+        """
         with self._database.write() as connection:
             row = _find(connection, task_id, number, attempt)
+            if row is not None and row.state == RoundState.RUNNING:
+                spec = decode_spec(row.task_spec)
+                if spec.is_async:
+                    return _admit(connection, row, spec, device_id, now)
             if row is None or row.state != RoundState.OPEN:
                 return _answer(connection, row, device_id)
             mine = (claims.c.round_id == row.round_id) & (claims.c.device_id == device_id)
@@ -67,21 +76,51 @@ def _answer(connection: Connection, row: Row[Any] | None, device_id: str) -> Cla
         return TurnedAway("unknown_round")
     if row.state == RoundState.OPEN:
         return Gathered(due=False)
-    if row.state != RoundState.RUNNING:
+    known = connection.execute(
+        select(assignments.c.assignment_id, assignments.c.expires_at).where(
+            assignments.c.origin_id == row.round_id, assignments.c.device_id == device_id
+        )
+    ).first()
+    if known is None and row.state != RoundState.RUNNING:
         return TurnedAway("round_closed")
-    drawn = select(assignments.c.assignment_id).where(
-        assignments.c.round_id == row.round_id, assignments.c.device_id == device_id
-    )
-    ticket = connection.execute(drawn).scalar()
-    if ticket is None:
+    if known is None:
         claimed = select(claims.c.device_id).where(
             claims.c.round_id == row.round_id, claims.c.device_id == device_id
         )
         gathered = connection.execute(claimed).first() is not None
         return TurnedAway("not_drawn" if gathered else "round_closed")
     state = connection.execute(
-        select(receipts.c.state).where(receipts.c.receipt_id == receipt_id(ticket))
+        select(receipts.c.state).where(receipts.c.receipt_id == receipt_id(known.assignment_id))
     ).scalar()
-    if state == ReportState.VOID:  # given up by the device itself
+    if state not in (ReportState.EXPECTED, ReportState.ACKNOWLEDGED):
         return TurnedAway("round_closed")
-    return Drawn(ticket, row.base, row.deadline_at)
+    return Drawn(known.assignment_id, row.base, known.expires_at)
+
+
+def _admit(
+    connection: Connection, row: Row[Any], spec: TaskSpec, device_id: str, now: float
+) -> ClaimAnswer:
+    """A place in an async round: the one that the device has, or a new one while there are any."""
+    locked = select(rounds.c.round_id).where(rounds.c.round_id == row.round_id)
+    connection.execute(locked.with_for_update())  # of two that see the last place one gets it
+    answer = _answer(connection, row, device_id)
+    if isinstance(answer, Drawn):
+        return answer
+    bound = select(assignments.c.assignment_id).where(
+        assignments.c.round_id == row.round_id,
+        assignments.c.device_id == device_id,
+        assignments.c.group_id.is_not(None),
+    )
+    if connection.execute(bound).first() is not None:
+        return TurnedAway("round_closed")  # its earlier report is on the way into this round's sum
+    if num_places(connection, row.round_id, spec, now) == 0:
+        return TurnedAway("full")
+    assign(connection, row, spec, (device_id,), now)
+    connection.execute(
+        update(rounds)
+        .where(rounds.c.round_id == row.round_id)
+        .values(num_assigned=rounds.c.num_assigned + 1)
+    )
+    given = _answer(connection, row, device_id)
+    assert isinstance(given, Drawn)
+    return given

@@ -26,6 +26,7 @@ from homespun.protocol.messages import ReportState
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import GroupSummary
+from homespun.server.store.assignments import num_places, num_unbound
 from homespun.server.store.database import Database
 from homespun.server.store.events import add_event
 from homespun.server.store.records import (
@@ -33,6 +34,7 @@ from homespun.server.store.records import (
     GroupRecord,
     Refused,
     decode_spec,
+    or_never,
     task_record,
 )
 from homespun.server.store.reports import acknowledge, not_expected, receipt_id
@@ -74,7 +76,8 @@ class Groups:
                 .join(tasks, tasks.c.task_id == rounds.c.task_id)
                 .where(rounds.c.round_id == round_id)
             ).one()
-            if row.state != RoundState.RUNNING or now >= row.deadline_at:
+            deadline_at = or_never(row.deadline_at)
+            if row.state != RoundState.RUNNING or now >= deadline_at:
                 return None
             known = connection.execute(
                 select(groups.c.group_id).where(
@@ -92,7 +95,7 @@ class Groups:
                     round_id=round_id,
                     number=connection.execute(before).scalar_one() + 1,
                     state=GroupState.ADVERTISE_KEYS,
-                    deadline_at=row.deadline_at,
+                    deadline_at=deadline_at,
                     reason="",
                     **zeros,
                 )
@@ -100,17 +103,17 @@ class Groups:
             assert begun.inserted_primary_key is not None
             return int(begun.inserted_primary_key[0])
 
-    def live(self) -> list[GroupRecord]:
+    def live(self, now: float) -> list[GroupRecord]:
         """Groups that are not over, oldest first."""
         query = _WITH_ROUND.where(groups.c.state.in_(LIVE)).order_by(groups.c.group_id)
         with self._database.read() as connection:
-            return [_record(connection, row) for row in connection.execute(query)]
+            return [_record(connection, row, now) for row in connection.execute(query)]
 
-    def get(self, group_id: int) -> GroupRecord:
+    def get(self, group_id: int, now: float) -> GroupRecord:
         """A group, over or not."""
         with self._database.read() as connection:
             query = _WITH_ROUND.where(groups.c.group_id == group_id)
-            return _record(connection, connection.execute(query).one())
+            return _record(connection, connection.execute(query).one(), now)
 
     def record(
         self, group_id: int, previous: Hash | None, snapshot: Hash, change: GroupChange
@@ -208,13 +211,13 @@ def opened_sums(connection: Connection, round_id: int) -> tuple[Hash, ...]:
 def count_groups(connection: Connection, row: Row[Any], now: float) -> dict[str, int]:
     """What the round's view says about its groups: `num_open`, `num_collecting`, `num_unopened`."""
     views = [
-        _view(connection, group)
+        _view(connection, group, now)
         for group in connection.execute(
             _WITH_ROUND.where(groups.c.round_id == row.round_id, groups.c.state.in_(LIVE))
         )
     ]
     return {
-        "num_open": _num_unbound(connection, row.round_id),
+        "num_open": num_unbound(connection, row.round_id, now),
         "num_collecting": sum(
             view.state in COLLECTING
             or (view.state is GroupState.ADVERTISE_KEYS and due(view, now) is not None)
@@ -303,25 +306,20 @@ def _count_reports(connection: Connection, round_id: int) -> None:
     )
 
 
-def _num_unbound(connection: Connection, round_id: int) -> int:
-    """Devices that may still report and are in no group."""
-    query = select(assignments.c.assignment_id).where(
-        assignments.c.round_id == round_id, assignments.c.group_id.is_(None)
-    )
-    unbound = [receipt_id(ticket) for ticket in connection.scalars(query)]
-    return len(unbound) - len(not_expected(connection, unbound))
-
-
-def _view(connection: Connection, row: Row[Any]) -> GroupView:
+def _view(connection: Connection, row: Row[Any], now: float) -> GroupView:
     spec, state = decode_spec(row.task_spec), GroupState(row.state)
     if state not in LIVE:
         return GroupView(state, 0, 0, row.deadline_at)
     answered, expected = _EXPECTED_OF[state]
     view = GroupView(state, getattr(row, expected), getattr(row, answered), row.deadline_at)
-    return _forming(connection, row, spec, view) if state is GroupState.ADVERTISE_KEYS else view
+    return (
+        _forming(connection, row, spec, view, now) if state is GroupState.ADVERTISE_KEYS else view
+    )
 
 
-def _forming(connection: Connection, row: Row[Any], spec: TaskSpec, view: GroupView) -> GroupView:
+def _forming(
+    connection: Connection, row: Row[Any], spec: TaskSpec, view: GroupView, now: float
+) -> GroupView:
     coming = 0  # reports that other groups hold or may still bring
     others = select(groups).where(groups.c.round_id == row.round_id)
     for other in connection.execute(others):
@@ -330,16 +328,19 @@ def _forming(connection: Connection, row: Row[Any], spec: TaskSpec, view: GroupV
             coming += getattr(other, _EXPECTED_OF[state][1])
         elif state in SUMMED:
             coming += other.num_masked
+    coming_yet = num_unbound(connection, row.round_id, now)
+    if spec.is_async:
+        coming_yet += num_places(connection, row.round_id, spec, now)
     return replace(
         view,
         n_min=spec.min_group,
         target=spec.max_group,
         wanted=spec.goal - coming,
-        num_unbound=_num_unbound(connection, row.round_id),
+        num_unbound=coming_yet,
     )
 
 
-def _record(connection: Connection, row: Row[Any]) -> GroupRecord:
+def _record(connection: Connection, row: Row[Any], now: float) -> GroupRecord:
     return GroupRecord(
         group_id=row.group_id,
         round_id=row.round_id,
@@ -348,5 +349,5 @@ def _record(connection: Connection, row: Row[Any]) -> GroupRecord:
         attempt=row.attempt,
         base=row.base,
         snapshot=row.snapshot,
-        view=_view(connection, row),
+        view=_view(connection, row, now),
     )

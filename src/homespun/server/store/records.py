@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 import msgspec
@@ -141,7 +142,7 @@ class Drawn:
 
     assignment_id: str
     base: Hash
-    deadline_at: float
+    expires_at: float
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,11 @@ ClaimAnswer = Drawn | Gathered | TurnedAway
 
 @dataclass(frozen=True)
 class Expectation:
-    """An assignment as the server knows it before a body is read."""
+    """An assignment as the server knows it before a body is read.
+
+    `origin`: the round that it was given in; `number`: the one that it is in now; `base`: of that one; `deadline_at`:
+    of that one; `expires_at`: of the assignment itself.
+    """
 
     round_id: int
     task: TaskRecord
@@ -172,6 +177,9 @@ class Expectation:
     base: Hash
     state: RoundState
     deadline_at: float
+    expires_at: float
+    origin: int
+    is_carried: bool
     group_id: int | None
     receipt: Receipt
 
@@ -258,6 +266,11 @@ class ReleaseRecord:
             incumbent_id=self.incumbent_id,
             reason=self.reason,
         )
+
+
+def or_never(at: float | None) -> float:
+    """A stored deadline; there is none where devices come and go at any time."""
+    return inf if at is None else at
 
 
 @lru_cache(maxsize=1024)

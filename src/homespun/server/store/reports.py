@@ -15,11 +15,19 @@ from homespun.errors import NotAllowed, NotFound
 from homespun.protocol.messages import Receipt, ReportState
 from homespun.protocol.round import RoundState
 from homespun.server.store.database import Database
-from homespun.server.store.records import Expectation, Recorded, Refused, decode_spec, task_record
+from homespun.server.store.records import (
+    Expectation,
+    Recorded,
+    Refused,
+    decode_spec,
+    or_never,
+    task_record,
+)
 from homespun.server.store.schema import assignments, receipts, rounds, tasks
 from homespun.types import Hash
 
 _CONTEXT = b"homespun-receipt-v1\n"
+_ORIGIN = rounds.alias("origin")
 _EXPECTATION = (  # written once: every request about a report asks it
     select(
         receipts,
@@ -31,11 +39,15 @@ _EXPECTATION = (  # written once: every request about a report asks it
         rounds.c.checkpoint,
         assignments.c.device_id,
         assignments.c.group_id,
+        assignments.c.expires_at,
+        _ORIGIN.c.round_id.label("origin_id"),
+        _ORIGIN.c.number.label("origin"),
         *(column.label(f"task_{column.name}") for column in tasks.c),
     )
     .join(rounds, rounds.c.round_id == receipts.c.round_id)
     .join(tasks, tasks.c.task_id == rounds.c.task_id)
     .outerjoin(assignments, assignments.c.assignment_id == bindparam("ticket"))
+    .outerjoin(_ORIGIN, _ORIGIN.c.round_id == assignments.c.origin_id)
     .where(receipts.c.receipt_id == bindparam("receipt"))
 )
 _AT_ONCE = 10_000  # values in one statement; databases allow about three times as many
@@ -103,7 +115,10 @@ class Reports:
             attempt=row.attempt,
             base=row.base,
             state=RoundState(row.round_state),
-            deadline_at=row.deadline_at,
+            deadline_at=or_never(row.deadline_at),
+            expires_at=or_never(row.expires_at),
+            origin=row.number if row.origin is None else row.origin,
+            is_carried=row.origin_id not in (None, row.round_id),
             group_id=row.group_id,
             receipt=Receipt(
                 assignment_id=assignment_id,
@@ -154,6 +169,13 @@ class Reports:
 
     def void(self, assignment_id: str, reason: str) -> None:
         """No report will come, or none that can be used. Changes nothing once there is one or an end."""
+        self._settle(assignment_id, ReportState.VOID, reason)
+
+    def expire(self, assignment_id: str) -> None:
+        """The report would come too late for every round. Changes nothing once there is one or an end."""
+        self._settle(assignment_id, ReportState.LATE, "the time of the assignment was over")
+
+    def _settle(self, assignment_id: str, state: ReportState, reason: str) -> None:
         with self._database.write() as connection:
             connection.execute(
                 update(receipts)
@@ -161,5 +183,5 @@ class Reports:
                     receipts.c.receipt_id == receipt_id(assignment_id),
                     receipts.c.state == ReportState.EXPECTED,
                 )
-                .values(state=ReportState.VOID, reason=reason)
+                .values(state=state, reason=reason)
             )

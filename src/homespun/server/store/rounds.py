@@ -7,7 +7,6 @@ is in the same transaction.
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from homespun.protocol.messages import Aggregation, ReportState, TaskKind
 from homespun.protocol.round import ROUND, RoundEvent, RoundState, RoundView
 from homespun.protocol.selection import draw
 from homespun.protocol.views import RoundSummary, TaskState
+from homespun.server.store.assignments import assign, carry, fall_behind
 from homespun.server.store.catalogue import grant, insert_checkpoint
 from homespun.server.store.database import Database
 from homespun.server.store.events import add_event
@@ -34,9 +34,10 @@ from homespun.server.store.records import (
     RoundResult,
     Trained,
     decode_spec,
+    or_never,
     task_record,
 )
-from homespun.server.store.reports import num_expected, receipt_id
+from homespun.server.store.reports import num_expected
 from homespun.server.store.schema import assignments, claims, receipts, rounds, tasks
 from homespun.types import Hash
 
@@ -85,6 +86,17 @@ class Rounds:
         with self._database.read() as connection:
             return [_summary(connection, row, now) for row in connection.execute(query)]
 
+    def ancestry(self, task_id: str, origin: int, number: int) -> tuple[Hash, ...]:
+        """The checkpoints that rounds `origin` to `number` of a training task started from, oldest first."""
+        query = (
+            select(rounds.c.number, rounds.c.base)
+            .where(rounds.c.task_id == task_id, rounds.c.number.between(origin, number))
+            .distinct()  # attempts at the same round have the same base
+            .order_by(rounds.c.number)
+        )
+        with self._database.read() as connection:
+            return tuple(row.base for row in connection.execute(query))
+
     def open(self, round_id: int, now: float) -> None:
         """PLANNED -> OPEN: devices may gather."""
         with self._database.write() as connection:
@@ -94,10 +106,13 @@ class Rounds:
             _event(connection, row, "round.opened", now)
 
     def select(self, round_id: int, now: float) -> None:
-        """OPEN -> RUNNING: draw the cohort from those that wait now and give each a ticket."""
+        """OPEN -> RUNNING: draw the cohort from those that wait now; an async round lets devices in from here on."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.SELECT)
             spec = decode_spec(row.task_spec)
+            if spec.is_async:
+                _set(connection, round_id, selected_at=now)
+                return
             waiting = select(claims.c.device_id).where(
                 claims.c.round_id == round_id, claims.c.expires_at > now
             )
@@ -112,27 +127,7 @@ class Rounds:
                 round_number=row.number,
                 attempt=row.attempt,
             )
-            tickets = {secrets.token_hex(16): device for device in cohort}
-            connection.execute(
-                insert(assignments),
-                [
-                    {"assignment_id": ticket, "round_id": round_id, "device_id": device}
-                    for ticket, device in tickets.items()
-                ],
-            )
-            # Sorted by hash: the order of rows does not say which receipt is whose.
-            connection.execute(
-                insert(receipts),
-                [
-                    {
-                        "receipt_id": hashed,
-                        "round_id": round_id,
-                        "state": ReportState.EXPECTED,
-                        "reason": "",
-                    }
-                    for hashed in sorted(receipt_id(ticket) for ticket in tickets)
-                ],
-            )
+            assign(connection, row, spec, cohort, now)
             _set(
                 connection,
                 round_id,
@@ -143,15 +138,10 @@ class Rounds:
             _event(connection, row, "round.selected", now, f"{len(cohort)} of {len(pool)} devices")
 
     def close(self, round_id: int, now: float) -> None:
-        """RUNNING -> CLOSING: the fence falls; what is not in now is late."""
+        """RUNNING -> CLOSING: the fence falls; what is not in now is late, unless the task lets it be carried on."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.CLOSE)
-            late = (
-                update(receipts)
-                .where(receipts.c.round_id == round_id, receipts.c.state == ReportState.EXPECTED)
-                .values(state=ReportState.LATE, reason="the round had closed")
-            )
-            num_late = connection.execute(late).rowcount
+            num_late = fall_behind(connection, row, decode_spec(row.task_spec), now)
             end_groups(connection, round_id, "the round had closed", (GroupState.ADVERTISE_KEYS,))
             _set(connection, round_id, closed_at=now, num_late=num_late)
             _event(connection, row, "round.closed", now, f"{row.num_reported} reports")
@@ -207,7 +197,7 @@ class Rounds:
             connection.execute(included)
             _event(connection, row, "round.committed", now, f"{row.num_reported} reports")
             if row.number < spec.num_rounds:
-                plan_round(connection, row.task_id, row.number + 1, 1, head)
+                _follow(connection, row, row.number + 1, 1, head, now)
             else:
                 task["state"] = TaskState.FINISHED
                 add_event(connection, "task.finished", now, spec.name, task_id=row.task_id)
@@ -217,13 +207,13 @@ class Rounds:
         """-> ABANDONED: receipts are void; a new attempt is planned, or the task halted."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.ABANDON)
-            end_round(connection, round_id, RoundState.ABANDONED, reason)
-            _event(connection, row, "round.abandoned", now, reason)
             failures = row.task_failures + 1
             task: dict[str, object] = {"failures": failures}
             if failures < MAX_FAILURES:
-                plan_round(connection, row.task_id, row.number, row.attempt + 1, row.task_head)
-            else:
+                _follow(connection, row, row.number, row.attempt + 1, row.task_head, now)
+            end_round(connection, round_id, RoundState.ABANDONED, reason)
+            _event(connection, row, "round.abandoned", now, reason)
+            if failures >= MAX_FAILURES:
                 why = f"{failures} attempts in a row were abandoned; the last: {reason}"
                 task |= {"state": TaskState.HALTED, "reason": why}
                 add_event(connection, "task.halted", now, why, task_id=row.task_id)
@@ -236,9 +226,9 @@ class Rounds:
             _forget_devices(connection, round_id)
 
 
-def plan_round(connection: Connection, task_id: str, number: int, attempt: int, base: Hash) -> None:
-    """A new round attempt, PLANNED. For training, its base is the task's head."""
-    connection.execute(
+def plan_round(connection: Connection, task_id: str, number: int, attempt: int, base: Hash) -> int:
+    """A new round attempt, PLANNED; its id. For training, its base is the task's head."""
+    planned = connection.execute(
         insert(rounds).values(
             task_id=task_id,
             number=number,
@@ -246,11 +236,25 @@ def plan_round(connection: Connection, task_id: str, number: int, attempt: int, 
             state=RoundState.PLANNED,
             base=base,
             num_assigned=0,
+            num_carried=0,
             num_reported=0,
             num_late=0,
             reason="",
         )
     )
+    assert planned.inserted_primary_key is not None
+    return int(planned.inserted_primary_key[0])
+
+
+def _follow(
+    connection: Connection, row: Row[Any], number: int, attempt: int, base: Hash, now: float
+) -> None:
+    """Plan the attempt that comes after `row`, and take along who is still expected."""
+    following = plan_round(connection, row.task_id, number, attempt, base)
+    num_carried = carry(connection, row, decode_spec(row.task_spec), following)
+    if num_carried:
+        text = f"{num_carried} may still join round {number}.{attempt}"
+        _event(connection, row, "round.carried", now, text)
 
 
 def end_round(connection: Connection, round_id: int, state: RoundState, reason: str) -> None:
@@ -338,13 +342,14 @@ def _record(connection: Connection, row: Row[Any], now: float) -> RoundRecord:
             over_selection=task.spec.over_selection,
             pool_target=task.spec.pool_size,
             select_at=row.select_at or 0.0,
-            deadline_at=row.deadline_at or 0.0,
+            deadline_at=or_never(row.deadline_at),
             num_waiting=(
                 num_waiting(connection, row.round_id, now) if state is RoundState.OPEN else 0
             ),
             num_assigned=row.num_assigned,
             num_reported=row.num_reported,
             secure=secure,
+            is_async=task.spec.is_async,
             **counts,
         ),
     )
@@ -373,6 +378,7 @@ def _summary(connection: Connection, row: Row[Any], now: float) -> RoundSummary:
         deadline_at=row.deadline_at,
         num_waiting=waiting,
         num_assigned=row.num_assigned,
+        num_carried=row.num_carried,
         num_reported=row.num_reported,
         num_late=row.num_late,
         goal=spec.goal,

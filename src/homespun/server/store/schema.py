@@ -156,6 +156,7 @@ rounds = Table(
     Column("committed_at", Float, comment="When the checkpoint became the head."),
     Column("num_assigned", Integer, nullable=False, comment="Size of the cohort."),
     Column("num_reported", Integer, nullable=False, comment="Contributions in the sum."),
+    Column("num_carried", Integer, nullable=False, comment="Of earlier rounds, that may join."),
     Column("num_late", Integer, nullable=False, comment="Assigned but not in when the fence fell."),
     Column("sum_snapshot", HASH, comment="Running sum of the reports; private blob. Server only."),
     Column("checkpoint", HASH, comment="What it made; null for evaluation."),
@@ -211,11 +212,13 @@ assignments = Table(
     "assignments",
     metadata,
     Column("assignment_id", ID, primary_key=True, comment="Random; the device's ticket."),
-    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Which round."),
+    Column("round_id", ForeignKey("rounds.round_id"), nullable=False, comment="Where it counts."),
+    Column("origin_id", ForeignKey("rounds.round_id"), nullable=False, comment="Where given."),
     Column("device_id", ID, nullable=False, comment="Whose ticket."),
+    Column("expires_at", Float, nullable=False, comment="Unix seconds; waited for until then."),
     Column("group_id", ForeignKey("groups.group_id"), comment="Where it is summed, if it joined."),
     UniqueConstraint("round_id", "device_id"),
-    comment="The cohort; emptied when the round ends. Server, and each device its own.",
+    comment="The cohort; emptied when the round ends, but for who is carried on. Server, and each its own.",
 )
 
 receipts = Table(
