@@ -19,6 +19,7 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
 )
+from homespun.protocol.pacing import Pace
 from homespun.protocol.release import ReleaseEvent
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
@@ -209,17 +210,42 @@ def test_claims_gather_and_lapse(store):
     store.tasks.create(spec(pool_target=3), "t1", CHAIN, NOW)
     assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 50) == TurnedAway("unknown_round")
     store.rounds.open(live(store).round_id, NOW)
-    for _ in range(2):
-        assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 5) == Gathered(due=False)
+    for is_new in (True, False):
+        answer = store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 5)
+        assert answer == Gathered(due=False, is_new=is_new)
     assert live(store).view.num_waiting == 1
     store.claims.claim("t1", 1, 1, "d1", NOW, NOW + 50)
-    assert store.claims.claim("t1", 1, 1, "d2", NOW, NOW + 50) == Gathered(due=True)
+    assert store.claims.claim("t1", 1, 1, "d2", NOW, NOW + 50) == Gathered(due=True, is_new=True)
     assert live(store, NOW + 5).view.num_waiting == 2
     with pytest.raises(Conflict):
         store.rounds.select(live(store).round_id, NOW + 5)
     assert live(store).view.state is RoundState.OPEN
     store.rounds.select(live(store).round_id, NOW)
     assert store.claims.answer("t1", 1, 1, "d9") == TurnedAway("round_closed")
+
+
+def test_a_window_that_nobody_used_begins_again_with_the_first(store):
+    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    store.rounds.open(live(store).round_id, NOW)
+    later = NOW + 100
+    for index in range(3):
+        answer = store.claims.claim("t1", 1, 1, f"d{index}", later, later + 50)
+        assert answer == Gathered(due=False, is_new=True)
+    assert live(store, later).view.select_at == later + 10
+    answer = store.claims.claim("t1", 1, 1, "d0", later + 10, later + 50)
+    assert answer == Gathered(due=True, is_new=False)
+
+
+def test_paces_are_kept(store, url):
+    store.pacing.save({"phones": Pace().saved()})
+    pace = Pace()
+    pace.promise(NOW, 10.0, 100)
+    store.pacing.save({"phones": pace.saved(), "nobody's": pace.saved()})
+    store.close()
+    again = Store(url)
+    ((name, kept),) = again.pacing.all().items()
+    assert (name, kept.saved()) == ("phones", pace.saved())
+    again.close()
 
 
 def test_transitions_follow_the_table_and_change_nothing_otherwise(store):

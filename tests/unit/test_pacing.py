@@ -86,7 +86,7 @@ def test_a_restart_forgets_nothing():
     pace.promise(50_000.0, demand=3.0, num=500)
     pace.arrive(50_030.0, 7)
     pace.arrive(50_200.0, 0)
-    again = Pace.restored(*pace.saved())
+    again = Pace.restored(pace.saved())
     assert again.saved() == pace.saved()
     assert again.promise(50_300.0, 3.0, 20).tolist() == pace.promise(50_300.0, 3.0, 20).tolist()
     assert again.turnout == pace.turnout

@@ -15,14 +15,13 @@ but not the way. A retry time is drawn once and kept; see `device.runtime` for w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import exp
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from homespun.protocol.messages import RetryWindow
+from homespun.protocol.messages import Message, RetryWindow
 from homespun.protocol.selection import cohort_for
 
 Real = npt.NDArray[np.float64]
@@ -49,7 +48,19 @@ FAR_SHARE = 2 / 3
 """Of the demand, that is promised far ahead. What is missing is filled up when one sees how many come by themselves."""
 LEAST_TURNOUT = 2 / 3
 """No bin is promised to more than 3/2 of those wanted in it."""
-_FADING = np.exp(-np.arange(DAY_BINS + MEETING_BINS + 1) / LASTING_BINS)
+_FADING: Real = np.exp(-np.arange(DAY_BINS + MEETING_BINS + 1) / LASTING_BINS)
+
+
+class PaceRecord(Message, frozen=True, kw_only=True):
+    """A `Pace` at rest."""
+
+    first: int
+    promised: list[float]
+    kept: float
+    expected: float
+    excess: float
+    offered: float
+    claimed: float
 
 
 class Pace:
@@ -63,11 +74,27 @@ class Pace:
             0.0  # check-ins and promises, faded by exp(-age / MEMORY_BINS)
         )
         self._excess = 0.0  # check-ins per bin beyond what was promised, lately
+        self._offered = self._claimed = (
+            0.0  # check-ins that were offered something, and what came of it; faded
+        )
 
     def arrive(self, now: float, num: float = 1) -> None:
         """So many devices checked in."""
         self._advance(now)
         self._num_arrived += num
+
+    def offer(self) -> None:
+        """A device that checked in was offered an open round."""
+        self._offered += 1
+
+    def claim(self) -> None:
+        """A device claimed what it was offered."""
+        self._claimed += 1
+
+    @property
+    def claims(self) -> tuple[float, float]:
+        """Check-ins with an offer that led to a claim and that did not, with a belief of two of each."""
+        return 2.0 + self._claimed, 2.0 + max(0.0, self._offered - self._claimed)
 
     def promise(self, now: float, demand: float, num: int = 1, share: float = 1.0) -> Real:
         """Seconds from now until the bins to which `num` devices are to come back, in order.
@@ -87,7 +114,7 @@ class Pace:
         places = np.searchsorted(np.cumsum(room), share * np.arange(num), side="right")
         places = np.minimum(places, DAY_BINS - 1)
         promised += share * np.bincount(places, minlength=DAY_BINS)
-        starts: Real = (here + start + places) * BIN_S - now
+        starts: Real = (here + start + places).astype(np.float64) * BIN_S - now
         return starts
 
     @property
@@ -108,24 +135,32 @@ class Pace:
         self._kept *= fade
         self._expected = (self._expected + float(self._promised[:num].sum())) * fade
         self._excess *= exp(-(num - 1) / LATELY_BINS)
+        self._offered *= fade
+        self._claimed *= fade
         self._num_arrived = 0.0
         gone = min(num, len(self._promised))
         self._promised = np.concatenate([self._promised[gone:], np.zeros(gone)])
         self._first += num
 
-    def saved(self) -> tuple[int, list[float], float, float, float]:
-        """All of it that outlives a minute, as plain numbers."""
-        known = np.trim_zeros(self._promised, "b").round(3).tolist()
-        return self._first, known, self._kept, self._expected, self._excess
+    def saved(self) -> PaceRecord:
+        """All of it that outlives a minute."""
+        return PaceRecord(
+            first=self._first,
+            promised=np.trim_zeros(self._promised, "b").round(3).tolist(),
+            kept=self._kept,
+            expected=self._expected,
+            excess=self._excess,
+            offered=self._offered,
+            claimed=self._claimed,
+        )
 
     @classmethod
-    def restored(
-        cls, first: int, promised: Sequence[float], kept: float, expected: float, excess: float
-    ) -> Pace:
+    def restored(cls, record: PaceRecord) -> Pace:
         pace = cls()
-        pace._first = first
-        pace._promised[: len(promised)] = promised
-        pace._kept, pace._expected, pace._excess = kept, expected, excess
+        pace._first = record.first
+        pace._promised[: len(record.promised)] = record.promised
+        pace._kept, pace._expected, pace._excess = record.kept, record.expected, record.excess
+        pace._offered, pace._claimed = record.offered, record.claimed
         return pace
 
 
@@ -150,7 +185,7 @@ def latest_when_away(window: RetryWindow, given_s: Times) -> Times:
     `given_s`: the end of the last window that the server gave. Up to twice as long, so half of the devices come
     later and half sooner than it had them come: an outage leaves no herd behind.
     """
-    latest: Times = np.maximum(window.latest_s, 2 * given_s)  # type: ignore[assignment]
+    latest: Times = np.maximum(window.latest_s, 2 * given_s)
     return latest
 
 

@@ -6,14 +6,18 @@ draw, and the same pool gives the same cohort whatever the order of arrival.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import lgamma
+from collections.abc import Collection, Iterable
+from math import exp, lgamma
 
 import numpy as np
 
 from homespun.protocol.messages import Bucket
 from homespun.rng import unit_interval
 
+TURNS_S = 600.0
+"""How far back claims are counted when tasks share a population."""
+DECIDES_S = 5.0
+"""How long a device takes from an offer to its claim, about."""
 CONFIDENCE = 0.99
 """With which a round is to reach its goal."""
 
@@ -32,6 +36,43 @@ def draw(
 def in_bucket(bucket: Bucket | None, device_id: str) -> bool:
     """Whether a device belongs to the part of the population that `bucket` describes."""
     return bucket is None or bucket.low <= unit_interval(bucket.salt, device_id) < bucket.high
+
+
+class Turns:
+    """Whose turn it is among the tasks of a population: the one furthest behind its share of the claims.
+
+    Claims count less and less with time, so a task that was away for long has no more than minutes to catch up with.
+    An offer in first place counts as a claim for the seconds in which its device decides, or all devices that come
+    together would be sent to one task.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[
+            str, tuple[float, float, float]
+        ] = {}  # claims, claims to come, time of both
+
+    def order(self, shares: Iterable[tuple[str, float]], now: float) -> list[str]:
+        """Tasks, those furthest behind first. `shares`: task and what share of the devices it is to have."""
+        behind = {task: sum(self._faded(task, now)) / share for task, share in shares}
+        return sorted(behind, key=behind.__getitem__)
+
+    def offer(self, task: str, now: float) -> None:
+        """A device was offered this task in the first place."""
+        claims, to_come = self._faded(task, now)
+        self._served[task] = claims, to_come + 1, now
+
+    def claim(self, task: str, now: float) -> None:
+        claims, to_come = self._faded(task, now)
+        self._served[task] = claims + 1, max(0.0, to_come - 1), now
+
+    def keep(self, tasks: Collection[str]) -> None:
+        """Forget all other tasks."""
+        self._served = {task: self._served[task] for task in self._served.keys() & set(tasks)}
+
+    def _faded(self, task: str, now: float) -> tuple[float, float]:
+        claims, to_come, then = self._served.get(task, (0.0, 0.0, now))
+        age_s = max(0.0, now - then)
+        return claims * exp(-age_s / TURNS_S), to_come * exp(-age_s / DECIDES_S)
 
 
 def cohort_for(goal: int, reported: float, lost: float, *, limit: int) -> int:

@@ -63,10 +63,11 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
     `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
     window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
-    `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
-    reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
-    `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
-    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training.
+    `retry`: when devices that were not drawn come back (null: steered by what the population's tasks need);
+    `share`: of the devices, next to that of the population's other tasks; `aggregation`: plain only if the server may
+    see single reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure
+    aggregation; `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before
+    rounding, for few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training.
     """
 
     name: Name
@@ -81,7 +82,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     pool_target: Count = 0
     selection_s: Seconds = 60.0
     deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
-    retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
+    retry: RetryWindow | None = None
+    share: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     criteria: Criteria = Criteria()
     aggregation: Aggregation = Aggregation.SECURE
     min_group: Annotated[int, Meta(ge=3, lt=2**16)] = 10
@@ -111,7 +113,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             raise InvalidConfig("analyze tasks are not available yet", hint="use train or evaluate")
         if self.aggregation is Aggregation.SECURE:
             self._validate_groups()
-        if self.retry.latest_s < self.retry.earliest_s:
+        if self.retry is not None and self.retry.latest_s < self.retry.earliest_s:
             raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
         if unknown := [name for name in self.criteria.requires if name not in CONDITIONS]:
             raise InvalidConfig(
@@ -172,6 +174,11 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     @property
     def cohort_size(self) -> int:
         return cohort_size(self.goal, self.over_selection)
+
+    @property
+    def pool_wanted(self) -> int:
+        """Devices that ought to wait for the draw."""
+        return max(self.pool_target, self.cohort_size)
 
     @property
     def max_group(self) -> int:

@@ -123,19 +123,17 @@ class DeviceApi:
         population = message.population
         require_member(device, population)
         board = self._home.board
+        self._home.paces.arrive(population, self._home.clock.now())
         before = board.standing(population).releases
-        reply = board.reply(population, device.device_id, message.plan_formats)
-        if reply.offers or message.wait_s <= 0:
-            return _json(reply)
         with self._home.notices.listen(population_topic(population)) as bell:
             until = _loop_time() + min(message.wait_s, self._home.settings.max_wait_s)
             while True:
-                reply = board.reply(population, device.device_id, message.plan_formats)
-                if reply.offers or reply.releases != before:
+                offers = board.offers(population, device.device_id, message.plan_formats)
+                if offers or board.standing(population).releases != before:
                     break
                 if not await bell.wait(until - _loop_time()):
                     break
-        return _json(reply)
+        return _json(board.reply(population, offers, self._home.clock.now()))
 
     async def claim(self, request: Request) -> Response:
         device, body = await self._signed(request)
@@ -158,7 +156,7 @@ class DeviceApi:
         task = self._home.store.tasks.get(message.task_id)
         require_member(device, task.spec.population)
         if not in_bucket(task.spec.criteria.bucket, device.device_id):
-            return Rejected(reason="not_in_bucket", retry=task.spec.retry), False
+            return self._rejected(task, "not_in_bucket"), False
         place = (message.task_id, message.round_number, message.attempt, device.device_id)
         claims, now = self._home.store.claims, self._home.clock.now()
         if wait_s is None:
@@ -166,6 +164,8 @@ class DeviceApi:
         else:
             answer = claims.claim(*place, now, now + 2 * wait_s + CLAIM_GRACE_S)
         due = isinstance(answer, Gathered) and answer.due
+        if isinstance(answer, Gathered) and answer.is_new:
+            self._home.paces.claim(task.spec.population, task.task_id, now)
         return self._claim_reply(task, message, answer), due
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
@@ -174,7 +174,7 @@ class DeviceApi:
             # Soon enough to be still waiting when the draw comes.
             return Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=CLAIM_GRACE_S / 3))
         if not isinstance(answer, Drawn):
-            return Rejected(reason=answer.reason, retry=spec.retry)
+            return self._rejected(task, answer.reason)
         manifest = self._home.library.manifest(spec.plan_hash)
         place = message.round_number, message.attempt
         return Assigned(
@@ -189,6 +189,12 @@ class DeviceApi:
             seed=round_seed(spec, *place),
             deadline_s=max(0.0, answer.deadline_at - self._home.clock.now()),
         )
+
+    def _rejected(self, task: TaskRecord, reason: str) -> Rejected:
+        retry = task.spec.retry
+        if retry is None:
+            retry = self._home.board.retry(task.spec.population, self._home.clock.now())
+        return Rejected(reason=reason, retry=retry)
 
     # --- reporting --------------------------------------------------------------------------------
 

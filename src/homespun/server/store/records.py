@@ -133,9 +133,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A claim that waits; `due`: the draw may be made now."""
+    """A claim that waits; `due`: the draw may be made now; `is_new`: the device did not wait before."""
 
     due: bool
+    is_new: bool = False
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,20 @@ releases = Table(
     comment="Model versions on their way to devices. Operators; devices the newest signed one.",
 )
 
+pacing = Table(
+    "pacing",
+    metadata,
+    Column(
+        "population",
+        NAME,
+        ForeignKey("populations.name"),
+        primary_key=True,
+        comment="Whose check-ins.",
+    ),
+    Column("state", Text, nullable=False, comment="Check-ins per minute, JSON of PaceRecord."),
+    comment="How many devices are to come back when; never which. Server.",
+)
+
 events = Table(
     "events",
     metadata,
