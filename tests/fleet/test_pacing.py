@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from sqlalchemy import select
+
 from homespun.protocol.messages import Assigned, RetryWindow
 from homespun.protocol.pacing import BIN_S, MEETING_BINS
 from homespun.protocol.views import TaskView
+from homespun.server.store.schema import rates
 
 MEETING_S = MEETING_BINS * BIN_S
 
@@ -105,3 +108,21 @@ def test_a_task_that_was_away_does_not_starve_the_others(make_world):
     world.clock.advance(3600.0)
     late = world.create_task(name="late", pool_target=1000)
     assert claim_first(world, world.devices[20:], [early, late]) == {"early": 10, "late": 10}
+
+
+def test_devices_that_are_no_longer_needed_hear_it_when_they_ask(make_world, aggregation):
+    """Over-selected devices ask while they train; those that were heard of are no losses."""
+    world = make_world(8)
+    task = world.create_task(
+        goal=3, over_selection=2.0, pool_target=8, num_rounds=2, aggregation=aggregation
+    )
+    cohort = world.gather(task)
+    assert [device.receipt(assigned).state for device, assigned in cohort] == ["expected"] * 6
+    world.report(task, cohort[:3])
+    for device, assigned in cohort[3:5]:
+        receipt = device.receipt(assigned)
+        assert (receipt.state, receipt.reason) == ("late", "the round had closed")
+    world.pass_time(task.spec.deadline_s)
+    with world.deployment.store.database.read() as connection:
+        (row,) = connection.execute(select(rates.c.num_reported, rates.c.num_lost))
+    assert row == (3, 1)

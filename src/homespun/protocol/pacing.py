@@ -167,7 +167,7 @@ class Pace:
 def demand(num_wanted: int, selection_s: float, claimed: float, not_claimed: float) -> float:
     """Check-ins per bin that fill a round in its selection window, whenever it opens.
 
-    `num_wanted`: devices in the pool, 99 times of 100; `claimed`, `not_claimed`: how many check-ins led to a claim so
+    `num_wanted`: devices in the pool, nearly always; `claimed`, `not_claimed`: how many check-ins led to a claim so
     far, and how many did not.
     """
     num = cohort_for(num_wanted, claimed, not_claimed, limit=20 * num_wanted)

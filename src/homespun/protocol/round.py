@@ -85,7 +85,6 @@ class RoundView:
     state: RoundState
     goal: int
     minimum: int
-    over_selection: float
     pool_target: int
     select_at: float
     deadline_at: float
@@ -96,10 +95,6 @@ class RoundView:
     secure: bool = False
     num_collecting: int = 0
     num_unopened: int = 0
-
-    @property
-    def cohort_size(self) -> int:
-        return cohort_size(self.goal, self.over_selection)
 
 
 def cohort_size(goal: int, over_selection: float) -> int:

@@ -6,7 +6,7 @@ draw, and the same pool gives the same cohort whatever the order of arrival.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import exp, lgamma
 
 import numpy as np
@@ -20,6 +20,13 @@ DECIDES_S = 5.0
 """How long a device takes from an offer to its claim, about."""
 CONFIDENCE = 0.99
 """With which a round is to reach its goal."""
+BELIEF = (3.0, 1.0)
+"""Reports and losses that a task is taken to have had before it had any."""
+FAR_HOUR = 0.003
+"""Weight of the other side of the day."""
+MOST_EVIDENCE = 2000
+HALF_LIFE_S = 4 * 86_400.0
+"""After which an outcome counts half."""
 
 
 def draw(
@@ -73,6 +80,26 @@ class Turns:
         claims, to_come, then = self._served.get(task, (0.0, 0.0, now))
         age_s = max(0.0, now - then)
         return claims * exp(-age_s / TURNS_S), to_come * exp(-age_s / DECIDES_S)
+
+
+def evidence(by_hour: Mapping[int, tuple[float, float]], hour: float) -> tuple[float, float]:
+    """Reports and losses to go by at an hour of the day, from those of all hours (0 to 23) and a little belief.
+
+    Hours count by their distance, around the clock. More than `MOST_EVIDENCE` is scaled down to that: it would make
+    us surer than days that differ allow.
+    """
+    reported, lost = BELIEF
+    for each, (num_reported, num_lost) in by_hour.items():
+        distance = abs((each + 0.5 - hour + 12) % 24 - 12)
+        weight = max(exp(-(distance**2) / 2), FAR_HOUR)
+        reported, lost = reported + weight * num_reported, lost + weight * num_lost
+    scale = min(1.0, MOST_EVIDENCE / (reported + lost))
+    return scale * reported, scale * lost
+
+
+def faded(count: float, age_s: float) -> float:
+    """What a count from so long ago still says."""
+    return float(count * 0.5 ** (max(0.0, age_s) / HALF_LIFE_S))
 
 
 def cohort_for(goal: int, reported: float, lost: float, *, limit: int) -> int:

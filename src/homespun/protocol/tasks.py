@@ -60,8 +60,9 @@ class TaskSpec(Message, frozen=True, kw_only=True):
 
     `name`: of the task; `checkpoints`: the initial one to train from, or those to evaluate (candidate,
     incumbent, others); `num_rounds`: committed rounds after which it is finished; `goal`: reports that close
-    a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
-    `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
+    a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted
+    (null: as few as reach the goal 99 times of 100, by what became of those drawn before); `max_over_selection`: bound
+    of that; `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
     window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
     `retry`: when devices that were not drawn come back (null: steered by what the population's tasks need);
     `share`: of the devices, next to that of the population's other tasks; `aggregation`: plain only if the server may
@@ -78,7 +79,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     num_rounds: Positive = 1
     goal: Positive
     minimum: Positive
-    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    over_selection: Annotated[float, Meta(ge=1, le=10)] | None = None
+    max_over_selection: Annotated[float, Meta(ge=1, le=10)] = 2.0
     pool_target: Count = 0
     selection_s: Seconds = 60.0
     deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
@@ -173,12 +175,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
 
     @property
     def cohort_size(self) -> int:
-        return cohort_size(self.goal, self.over_selection)
-
-    @property
-    def pool_wanted(self) -> int:
-        """Devices that ought to wait for the draw."""
-        return max(self.pool_target, self.cohort_size)
+        """Devices that are drawn, at the most."""
+        return cohort_size(self.goal, self.over_selection or self.max_over_selection)
 
     @property
     def max_group(self) -> int:
@@ -187,10 +185,9 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             return self.cohort_size
         return max(self.min_group, group_size(self.goal, self.groups.size))
 
-    @property
-    def pool_size(self) -> int:
+    def pool_size(self, num_wanted: int | None = None) -> int:
         """Waiting devices that end the selection window early, at least as many as are drawn; 0: none do."""
-        return max(self.pool_target, self.cohort_size) if self.pool_target else 0
+        return max(self.pool_target, num_wanted or self.cohort_size) if self.pool_target else 0
 
 
 def parse(data: object) -> TaskSpec:

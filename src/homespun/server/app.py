@@ -55,7 +55,7 @@ def create_app(settings: Settings, clock: Clock) -> Starlette:
             await deployment.intake.drain()
             await deployment.groups.drain()
             with suppress(StorageFailure):  # what was saved a minute ago will do
-                deployment.paces.save(clock.now(), at_once=True)
+                deployment.paces.save()
             deployment.store.close()
 
     async def health(_: Request) -> JSONResponse:

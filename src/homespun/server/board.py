@@ -61,7 +61,9 @@ class Board:
     def refresh(self, now: float) -> None:
         """Read everything again; the new board replaces the old one in one step."""
         offers: dict[str, list[tuple[int, Offer]]] = {}
+        num_wanted: dict[str, int] = {}
         for record in self._store.rounds.live(now):
+            num_wanted[record.task.task_id] = record.num_wanted
             if record.view.state is RoundState.OPEN:
                 offers.setdefault(record.task.spec.population, []).append(self._offer(record))
         releases: dict[str, list[ReleaseNotice]] = {}
@@ -76,6 +78,7 @@ class Board:
                 tuple(offers.get(population, ())),
                 tuple(releases.get(population, ())),
                 tasks.get(population, []),
+                num_wanted,
             )
             for population in {*offers, *releases, *tasks}
         }
@@ -87,12 +90,16 @@ class Board:
         offers: tuple[tuple[int, Offer], ...],
         releases: tuple[ReleaseNotice, ...],
         tasks: list[TaskRecord],
+        num_wanted: dict[str, int],
     ) -> Standing:
         """`tasks`: all of the population, oldest first; without an active one the last says when to come back."""
         active = [task for task in tasks if task.state is TaskState.ACTIVE]
         windows = [task.spec.retry for task in active or tasks[-1:] if task.spec.retry is not None]
         fixed = windows or ([] if active or self._retry is None else [self._retry])
-        wanted = self._paces.demand(population, [task.spec for task in active])
+        wanted = self._paces.demand(
+            population,
+            [(t.spec, num_wanted.get(t.task_id, t.spec.cohort_size)) for t in active],
+        )
         return Standing(
             offers,
             releases,

@@ -24,17 +24,20 @@ class Paces:
         self._lock = threading.Lock()
         self._paces: dict[str, Pace] = defaultdict(Pace, store.pacing.all())
         self._turns = Turns()
-        self._saved_at = 0.0
+        self._settled_at = 0.0
 
     def arrive(self, population: str, now: float) -> None:
         with self._lock:
             self._paces[population].arrive(now)
 
-    def demand(self, population: str, specs: Collection[TaskSpec]) -> float:
-        """Check-ins per bin that these tasks need."""
+    def demand(self, population: str, tasks: Collection[tuple[TaskSpec, int]]) -> float:
+        """Check-ins per bin that these tasks need. `tasks`: with the number of devices that are drawn for each."""
         with self._lock:
             claims = self._paces[population].claims
-        return sum(demand(spec.pool_wanted, spec.selection_s, *claims) for spec in specs)
+        return sum(
+            demand(max(spec.pool_target, num_wanted), spec.selection_s, *claims)
+            for spec, num_wanted in tasks
+        )
 
     def window(
         self, population: str, wanted: float, now: float, *, may_claim: bool = False
@@ -70,11 +73,15 @@ class Paces:
         with self._lock:
             self._turns.keep(task_ids)
 
-    def save(self, now: float, *, at_once: bool = False) -> None:
-        """Make durable what is not, once a minute."""
-        if not at_once and abs(now - self._saved_at) < BIN_S:
-            return
-        self._saved_at = now
+    def settle(self, now: float) -> None:
+        """Once a minute: count what became of the devices that were drawn, and `save`."""
+        if abs(now - self._settled_at) >= BIN_S:
+            self._settled_at = now
+            self._store.rates.tally(now)
+            self.save()
+
+    def save(self) -> None:
+        """Make durable what was promised."""
         with self._lock:
             records = {name: pace.saved() for name, pace in self._paces.items()}
         self._store.pacing.save(records)

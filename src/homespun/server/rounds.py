@@ -80,7 +80,7 @@ class Scheduler:
             topics = await asyncio.to_thread(self._advance)
             if topics:
                 await self.publish(*topics)
-            await asyncio.to_thread(self._paces.save, self._clock.now())
+            await asyncio.to_thread(self._paces.settle, self._clock.now())
 
     async def publish(self, *topics: str) -> None:
         """Something in the database changed: write the board anew, then wake who waits for it."""

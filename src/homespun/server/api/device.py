@@ -346,9 +346,11 @@ class DeviceApi:
         return device, body
 
     async def _expectation(self, assignment: str, device: DeviceRecord) -> Expectation:
-        return await asyncio.to_thread(
-            self._home.store.reports.expectation, assignment, device.device_id
-        )
+        reports = self._home.store.reports
+        expected = await asyncio.to_thread(reports.expectation, assignment, device.device_id)
+        if expected.receipt.state is ReportState.LATE and not expected.has_heard:
+            await asyncio.to_thread(reports.tell, assignment)
+        return expected
 
     async def _void(self, assignment: str, reason: str) -> None:
         await asyncio.to_thread(self._home.store.reports.void, assignment, reason)

@@ -54,7 +54,9 @@ class Claims:
                     .where(rounds.c.round_id == row.round_id)
                     .values(select_at=now + spec.selection_s)
                 )
-            ready = pool_ready(waiting, spec.pool_size, spec.minimum, window_over=over)
+            ready = pool_ready(
+                waiting, spec.pool_size(row.num_wanted), spec.minimum, window_over=over
+            )
             return Gathered(ready, is_new)
 
     def answer(self, task_id: str, number: int, attempt: int, device_id: str) -> ClaimAnswer:

@@ -69,7 +69,7 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
 class RoundRecord:
     """A live round: what `protocol.round.due` looks at, and what its events need.
 
-    `sums`: snapshots of what was added up, of the whole round or of each opened group.
+    `num_wanted`: devices to draw; `sums`: snapshots of what was added up, of the whole round or of each opened group.
     """
 
     round_id: int
@@ -77,6 +77,7 @@ class RoundRecord:
     number: int
     attempt: int
     base: Hash
+    num_wanted: int
     sums: tuple[Hash, ...]
     checkpoint: Hash | None
     view: RoundView
@@ -151,7 +152,7 @@ ClaimAnswer = Drawn | Gathered | TurnedAway
 
 @dataclass(frozen=True)
 class Expectation:
-    """An assignment as the server knows it before a body is read."""
+    """An assignment as the server knows it before a body is read. `has_heard`: that it is late."""
 
     round_id: int
     task: TaskRecord
@@ -162,6 +163,7 @@ class Expectation:
     deadline_at: float
     group_id: int | None
     receipt: Receipt
+    has_heard: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from homespun.server.store.groups import (
     group_summaries,
     opened_sums,
 )
+from homespun.server.store.rates import num_wanted, tally
 from homespun.server.store.records import (
     RoundRecord,
     RoundResult,
@@ -90,7 +91,13 @@ class Rounds:
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.OPEN)
             spec = decode_spec(row.task_spec)
-            _set(connection, round_id, opened_at=now, select_at=now + spec.selection_s)
+            _set(
+                connection,
+                round_id,
+                opened_at=now,
+                select_at=now + spec.selection_s,
+                num_wanted=num_wanted(connection, row.task_id, spec, now),
+            )
             _event(connection, row, "round.opened", now)
 
     def select(self, round_id: int, now: float) -> None:
@@ -106,7 +113,7 @@ class Rounds:
                 raise Conflict("too few devices wait", expected=spec.minimum, got=len(pool))
             cohort = draw(
                 pool,
-                spec.cohort_size,
+                row.num_wanted or spec.cohort_size,
                 seed=spec.seed,
                 task=spec.name,
                 round_number=row.number,
@@ -217,6 +224,8 @@ class Rounds:
         """-> ABANDONED: receipts are void; a new attempt is planned, or the task halted."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.ABANDON)
+            if row.deadline_at is not None:
+                tally(connection, row, now)
             end_round(connection, round_id, RoundState.ABANDONED, reason)
             _event(connection, row, "round.abandoned", now, reason)
             failures = row.task_failures + 1
@@ -329,14 +338,14 @@ def _record(connection: Connection, row: Row[Any], now: float) -> RoundRecord:
         number=row.number,
         attempt=row.attempt,
         base=row.base,
+        num_wanted=row.num_wanted or task.spec.cohort_size,
         sums=opened_sums(connection, row.round_id) if secure else plain_sum,
         checkpoint=row.checkpoint,
         view=RoundView(
             state=state,
             goal=task.spec.goal,
             minimum=task.spec.minimum,
-            over_selection=task.spec.over_selection,
-            pool_target=task.spec.pool_size,
+            pool_target=task.spec.pool_size(row.num_wanted),
             select_at=row.select_at or 0.0,
             deadline_at=row.deadline_at or 0.0,
             num_waiting=(
