@@ -204,7 +204,7 @@ class DeviceApi:
         expected = await self._reporting(assignment, device, Aggregation.PLAIN)
         codec = await self._codec(expected)
         receipt, size = expected.receipt, report_size(expected.task.spec, codec)
-        async with self._home.uploads.hold(size):
+        async with self._home.uploads.hold(size, expected.task.spec.population):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
             self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
@@ -246,7 +246,7 @@ class DeviceApi:
         expected = await self._reporting(assignment, device, Aggregation.SECURE)
         codec = await self._codec(expected)
         size = report_size(expected.task.spec, codec)
-        async with self._home.uploads.hold(size):
+        async with self._home.uploads.hold(size, expected.task.spec.population):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
             self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
