@@ -11,7 +11,7 @@ import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from homespun.errors import Conflict, NotAuthentic, NotFound, StorageFailure
@@ -22,6 +22,7 @@ from homespun.protocol.messages import (
     SignedRelease,
     TaskKind,
 )
+from homespun.protocol.pacing import Pace
 from homespun.protocol.release import (
     ReleaseEvent as E,
 )
@@ -43,7 +44,7 @@ from homespun.server.store.records import (
     TurnedAway,
 )
 from homespun.server.store.reports import receipt_id
-from homespun.server.store.schema import metadata, rounds
+from homespun.server.store.schema import metadata, rates, rounds
 
 PLAN, FIRST, SECOND, CHAIN, SUM, BODY = (character * 64 for character in "123456")
 NOW = 1000.0
@@ -217,17 +218,91 @@ def test_claims_gather_and_lapse(store):
     store.tasks.create(spec(pool_target=3), "t1", CHAIN, NOW)
     assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 50) == TurnedAway("unknown_round")
     store.rounds.open(live(store).round_id, NOW)
-    for _ in range(2):
-        assert store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 5) == Gathered(due=False)
+    for is_new in (True, False):
+        answer = store.claims.claim("t1", 1, 1, "d0", NOW, NOW + 5)
+        assert answer == Gathered(due=False, is_new=is_new)
     assert live(store).view.num_waiting == 1
     store.claims.claim("t1", 1, 1, "d1", NOW, NOW + 50)
-    assert store.claims.claim("t1", 1, 1, "d2", NOW, NOW + 50) == Gathered(due=True)
+    assert store.claims.claim("t1", 1, 1, "d2", NOW, NOW + 50) == Gathered(due=True, is_new=True)
     assert live(store, NOW + 5).view.num_waiting == 2
     with pytest.raises(Conflict):
         store.rounds.select(live(store).round_id, NOW + 5)
     assert live(store).view.state is RoundState.OPEN
     store.rounds.select(live(store).round_id, NOW)
     assert store.claims.answer("t1", 1, 1, "d9") == TurnedAway("round_closed")
+
+
+def test_a_window_that_nobody_used_begins_again_with_the_first(store):
+    store.tasks.create(spec(), "t1", CHAIN, NOW)
+    store.rounds.open(live(store).round_id, NOW)
+    later = NOW + 100
+    for index in range(3):
+        answer = store.claims.claim("t1", 1, 1, f"d{index}", later, later + 50)
+        assert answer == Gathered(due=False, is_new=True)
+    assert live(store, later).view.select_at == later + 10
+    answer = store.claims.claim("t1", 1, 1, "d0", later + 10, later + 50)
+    assert answer == Gathered(due=True, is_new=False)
+
+
+def counted(store, hour):
+    with store.database.read() as connection:
+        query = select(rates.c.num_reported, rates.c.num_lost).where(rates.c.hour == hour)
+        return connection.execute(query).first()
+
+
+HOUR = int(NOW % 86_400 // 3600)
+
+
+def test_who_still_worked_at_the_fence_and_heard_of_it_is_not_counted(store):
+    round_id, tickets = running(store, goal=3, over_selection=7 / 3)
+    store.reports.void(tickets[6], "given up")
+    commit(store, round_id, tickets[:3])  # 3 to 5 are late
+    for ticket, device in ((tickets[3], "d3"), (tickets[4], "d4")):
+        assert not store.reports.expectation(ticket, device).has_heard
+        store.reports.tell(ticket)
+        assert store.reports.expectation(ticket, device).has_heard
+    store.rates.tally(NOW + 99)
+    assert counted(store, HOUR) is None  # the deadline has not passed
+    for _ in range(2):
+        store.rates.tally(NOW + 100)
+        assert counted(store, HOUR) == (3, 2)  # number 6 gave up, 5 was never heard of
+
+
+def test_who_is_missing_at_the_deadline_is_lost(store):
+    round_id, tickets = running(store, goal=3, over_selection=2.0)
+    store.reports.record(round_id, None, SUM, {receipt_id(tickets[0]): BODY})
+    store.rounds.abandon(round_id, NOW + 100, "too few")
+    assert counted(store, HOUR) == (1, 5)
+
+
+def test_the_cohort_follows_what_became_of_the_last(store):
+    task = store.tasks.create(spec(over_selection=None, goal=100, num_rounds=9), "t1", CHAIN, NOW)
+    store.rounds.open(live(store).round_id, NOW)
+    assert live(store).num_wanted == task.spec.cohort_size == 200
+    for index in range(300):
+        store.claims.claim("t1", 1, 1, f"d{index}", NOW, NOW + 50)
+    store.rounds.select(live(store).round_id, NOW)
+    answers = [store.claims.answer("t1", 1, 1, f"d{i}") for i in range(300)]
+    tickets = [answer.assignment_id for answer in answers if isinstance(answer, Drawn)]
+    assert len(tickets) == 200
+    first = live(store).round_id
+    commit(store, first, tickets[:180])
+    store.rounds.scrub(first)
+    store.rates.tally(NOW + 100)
+    store.rounds.open(live(store).round_id, NOW + 200)
+    assert 110 < live(store).num_wanted < 135  # 20 of 200 were lost
+
+
+def test_paces_are_kept(store, url):
+    store.pacing.save({"phones": Pace().saved()})
+    pace = Pace()
+    pace.promise(NOW, 10.0, 100)
+    store.pacing.save({"phones": pace.saved(), "nobody's": pace.saved()})
+    store.close()
+    again = Store(url)
+    ((name, kept),) = again.pacing.all().items()
+    assert (name, kept.saved()) == ("phones", pace.saved())
+    again.close()
 
 
 def test_transitions_follow_the_table_and_change_nothing_otherwise(store):

@@ -23,7 +23,6 @@ def views(draw, states) -> RoundView:
         state=draw(states),
         goal=goal,
         minimum=draw(st.integers(1, goal)),
-        over_selection=over_selection,
         pool_target=draw(st.just(0) | st.integers(cohort_size(goal, over_selection), 60)),
         select_at=draw(st.floats(0, 500)),
         deadline_at=draw(st.floats(0, 1000)),

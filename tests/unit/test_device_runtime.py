@@ -320,6 +320,21 @@ def test_the_time_to_come_back_outlives_a_restart(device: Device, server: FakeSe
     assert device.runtime._journal.retry_at == at
 
 
+def test_an_outage_does_not_hurry_a_device_that_was_to_come_late(
+    device: Device, server: FakeServer
+):
+    server.failure = unplug
+    device.runtime._journal.set_retry(0.0, given_s=7200.0)
+    pauses = []
+    for _ in range(40):
+        pause = device.runtime.step()
+        pauses += [pause] if pause > 0 else []
+        device.clock.advance(pause)
+    assert len(pauses) >= 10
+    assert min(pauses) >= 30.0  # where the window of this device's settings begins; it ends with 40
+    assert 3600.0 < max(pauses) <= 2 * 7200.0
+
+
 def test_a_damaged_report_is_never_made_again(device: Device, server: FakeServer):
     server.open_round()
     device.run_to(S.REPORTING)

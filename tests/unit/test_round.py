@@ -23,7 +23,6 @@ VIEW = RoundView(
     state=R.PLANNED,
     goal=4,
     minimum=3,
-    over_selection=1.5,
     pool_target=6,
     select_at=SELECT_AT,
     deadline_at=DEADLINE,
@@ -213,4 +212,3 @@ def test_only_what_was_aggregated_is_committed():
 )
 def test_the_cohort_is_rounded_up(goal, over_selection, size):
     assert cohort_size(goal, over_selection) == size
-    assert replace(VIEW, goal=goal, over_selection=over_selection).cohort_size == size

@@ -55,7 +55,7 @@ def test_training_is_encoded_as_the_plan_says():
     assert (codec.dimension, codec.bits, codec.metrics) == (10, 12, ("loss", "accuracy"))
     assert report_size(task, codec) == masked_frame_size(12, 7, 10)
     plain = spec(TaskKind.TRAIN, aggregation=Aggregation.PLAIN)
-    assert encoding(plain, MANIFEST, 1, 1).max_group == 13
+    assert encoding(plain, MANIFEST, 1, 1).max_group == 20
     assert report_size(plain, contribution_codec(plain, MANIFEST, 1, 1)) == frame_size(16, 7, 10)
 
 
@@ -109,7 +109,6 @@ def record(num_reported: int, sums: tuple[str, ...]) -> RoundRecord:
         state=RoundState.CLOSING,
         goal=10,
         minimum=3,
-        over_selection=1.0,
         pool_target=10,
         select_at=0.0,
         deadline_at=0.0,
@@ -118,7 +117,7 @@ def record(num_reported: int, sums: tuple[str, ...]) -> RoundRecord:
         num_open=0,
         num_reported=num_reported,
     )
-    return RoundRecord(5, task, 1, 1, "1" * 64, sums, None, view)
+    return RoundRecord(5, task, 1, 1, "1" * 64, 3, sums, None, view)
 
 
 class Shelf:

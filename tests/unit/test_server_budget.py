@@ -1,4 +1,4 @@
-"""The byte budget: never exceeded, first come first served, nothing lost when somebody gives up."""
+"""The byte budget: never exceeded, fair to populations, nothing lost when somebody gives up."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ def test_what_does_not_fit_waits_its_turn():
     asyncio.run(scene())
 
 
+def test_a_population_that_holds_little_goes_before_one_that_holds_much():
+    async def scene():
+        budget, order = ByteBudget(10), []
+
+        async def use(population):
+            async with budget.hold(5, population):
+                order.append(population)
+
+        async with budget.hold(5, "large"):
+            async with budget.hold(5, "large"):
+                waiting = [*("large",) * 3, "small", "large", "small"]
+                tasks = [asyncio.create_task(use(population)) for population in waiting]
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert order == ["small", "small", "large", "large", "large", "large"]
+
+    asyncio.run(scene())
+
+
 def test_more_than_the_whole_budget_waits_for_all_of_it():
     async def scene():
         budget = ByteBudget(10)
@@ -53,11 +73,13 @@ def test_whoever_gives_up_leaves_nothing_behind():
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(budget.hold(10))
             waiting = asyncio.create_task(hold_once(budget, 10))
+            cancelled_as_it_is_freed = asyncio.create_task(hold_once(budget, 10))
             served_and_cancelled = asyncio.create_task(hold_once(budget, 10))
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
+            cancelled_as_it_is_freed.cancel()
         served_and_cancelled.cancel()  # its turn has come, but it has not run yet
         with pytest.raises(asyncio.CancelledError):
             await served_and_cancelled

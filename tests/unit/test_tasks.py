@@ -26,7 +26,7 @@ ASYNC = {"mode": "async", "max_staleness": 5, "concurrency": 50}
 def test_the_least_that_a_task_says():
     task = parse(MINIMAL)
     assert (task.kind, task.aggregation) == (TaskKind.TRAIN, Aggregation.SECURE)
-    assert (task.cohort_size, task.pool_size) == (26, 0)  # 20 x 1.3; the window runs out
+    assert (task.cohort_size, task.pool_size()) == (40, 0)  # at most 20 x 2; the window runs out
     assert (task.min_group, task.max_group) == (10, 20)
     assert (task.bits, task.rotate) == (16, True)
     assert task.optimizer.name == "FedAvg"
@@ -58,7 +58,7 @@ def test_the_same_task_in_toml():
     settings = {learning_rate = 0.1}
     """
     task = parse(tomllib.loads(text % ("a" * 64, "b" * 64)))
-    assert (task.cohort_size, task.pool_size, task.selection_s) == (20, 40, 30.0)
+    assert (task.cohort_size, task.pool_size(), task.selection_s) == (20, 40, 30.0)
     assert (task.groups.size, task.max_group) == (15, 10)  # two groups, as even as can be
     assert task.groups.step_s == 5
     assert task.criteria.requires == ("idle",)
@@ -82,13 +82,16 @@ def test_an_async_task_has_groups_of_its_goal():
 
 
 def test_a_pool_is_never_smaller_than_the_cohort():
-    assert parse({**MINIMAL, "pool_target": 1}).pool_size == 26
-    assert parse({**MINIMAL, "pool_target": 25}).pool_size == 26
-    assert parse({**MINIMAL, "pool_target": 27}).pool_size == 27
+    fixed = {**MINIMAL, "over_selection": 1.3}
+    assert parse({**fixed, "pool_target": 1}).pool_size() == 26
+    assert parse({**fixed, "pool_target": 25}).pool_size() == 26
+    assert parse({**fixed, "pool_target": 27}).pool_size() == 27
+    adaptive = parse({**MINIMAL, "pool_target": 24})
+    assert [adaptive.pool_size(n) for n in (23, 25, None)] == [24, 25, 40]
 
 
 def test_a_sum_is_over_the_cohort_or_over_a_group():
-    plain = {**MINIMAL, "aggregation": "plain"}
+    plain = {**MINIMAL, "aggregation": "plain", "over_selection": 1.3}
     assert parse(plain).max_group == 26
     assert parse({**plain, "groups": {"size": 10}}).max_group == 26
     many = {**MINIMAL, "goal": 205, "groups": {"size": 100}}

@@ -54,6 +54,10 @@ CREATE TABLE IF NOT EXISTS refused_plan (
 );
 CREATE TABLE IF NOT EXISTS traffic (hour INTEGER PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS retry (id INTEGER PRIMARY KEY CHECK (id = 1), at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS given (              -- end of the last window that the server gave, from when it gave it
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    latest_s REAL NOT NULL
+);
 """
 
 _COUNTED = f"digest IS NOT NULL AND outcome <> '{ReportState.VOID}'"
@@ -167,9 +171,19 @@ class Journal:
             row = self._db.execute("SELECT at FROM retry").fetchone()
         return float(row[0]) if row else 0.0
 
-    def set_retry(self, at: float) -> None:
+    @property
+    def given_s(self) -> float:
+        """In how many seconds, at the latest, the server last had the device come back; 0: it never did."""
+        with storage(self._path):
+            row = self._db.execute("SELECT latest_s FROM given").fetchone()
+        return float(row[0]) if row else 0.0
+
+    def set_retry(self, at: float, given_s: float | None = None) -> None:
+        """`given_s`: if the server gave the window, its end."""
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO retry VALUES (1, ?)", (at,))
+            if given_s is not None:
+                self._db.execute("INSERT OR REPLACE INTO given VALUES (1, ?)", (given_s,))
 
     # --- receipts -----------------------------------------------------------------------------------------
 

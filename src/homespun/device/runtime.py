@@ -27,7 +27,7 @@ from homespun.device.connection import Connection
 from homespun.device.errands import fetch_releases, resolve_receipts
 from homespun.device.examples import open_examples
 from homespun.device.home import Home
-from homespun.device.journal import Journal
+from homespun.device.journal import DAY_S, Journal
 from homespun.device.models import open_models
 from homespun.device.offers import Judge, Reason, reasons_of
 from homespun.device.policy import CurrentPolicy
@@ -70,7 +70,7 @@ from homespun.protocol.messages import (
     Settled,
     Waiting,
 )
-from homespun.protocol.pacing import draw_retry
+from homespun.protocol.pacing import draw_retry, latest_when_away
 from homespun.protocol.session import (
     BEFORE_INTENT,
     MAX_RESTARTS,
@@ -284,7 +284,7 @@ class Runtime:
         )
         self._board.refuse(against)
         self._go(E.CHECK_IN, offer=accepted)
-        return 0 if accepted else self._turn_away(reply.retry)
+        return 0 if accepted else self._turn_away(reply.retry, given=True)
 
     def _claim(self) -> float:
         offer = self._session.offer
@@ -310,10 +310,10 @@ class Runtime:
             self._say(f"takes part in round {offer.round_number} of {offer.task_name}")
             return 0
         self._say(f"not this time: {reply.reason}")
-        return self._turn_away(reply.retry)
+        return self._turn_away(reply.retry, given=True)
 
-    def _turn_away(self, window: RetryWindow) -> float:
-        self._come_back_in(window)
+    def _turn_away(self, window: RetryWindow, *, given: bool = False) -> float:
+        self._come_back_in(window, given=given)
         self._go(E.TURN_AWAY)
         return 0
 
@@ -533,7 +533,7 @@ class Runtime:
         window = self._settings.transient_error
         if self._others_wait:
             window = min(window, IN_GROUP, key=lambda each: each.latest_s)
-        pause = self._come_back_in(window)
+        pause = self._come_back_in(self._unhurried(window))
         if self._session.state in BEFORE_INTENT and self._clock.now() + pause >= self._expires_at:
             return self._give_up(error.message)
         return pause
@@ -541,7 +541,7 @@ class Runtime:
     def _failed(self, reason: str, window: RetryWindow) -> float:
         """It will not get better by itself: end what can be ended, come back later."""
         self._board.verdict = reason
-        pause = self._come_back_in(window)
+        pause = self._come_back_in(self._unhurried(window))
         if self._session.state in BEFORE_INTENT:
             return self._give_up(reason)
         if self._session.state is S.CHECKED_IN:
@@ -579,11 +579,21 @@ class Runtime:
         self._journal.save(after, self._clock.now())
         self._session = after
 
-    def _come_back_in(self, window: RetryWindow) -> float:
-        """Draw the time to come back, once; it is kept over restarts. Seconds until then."""
+    def _unhurried(self, window: RetryWindow) -> RetryWindow:
+        """After an error: no sooner, with an empty hand, than the pace at which the server last had the device come."""
+        if self._session.state not in (S.WAITING, S.ELIGIBLE, S.CHECKED_IN):
+            return window  # it has something that is waited for
+        latest_s = latest_when_away(window, min(self._journal.given_s, DAY_S))
+        return RetryWindow(earliest_s=window.earliest_s, latest_s=latest_s)
+
+    def _come_back_in(self, window: RetryWindow, *, given: bool = False) -> float:
+        """Draw the time to come back, once; it is kept over restarts. Seconds until then.
+
+        `given`: by the server, so errors keep to this pace.
+        """
         now = self._clock.now()
         at = draw_retry(window, now, stream(self._settings.seed, "retry", repr(now)))
-        self._journal.set_retry(at)
+        self._journal.set_retry(at, window.latest_s if given else None)
         return at - now
 
     @property

@@ -33,9 +33,11 @@ class Reports(Message, frozen=True, kw_only=True):
     """How rounds of reports about a release are gathered; each field as in a task.
 
     `goal`: reports that close a round; `minimum`: fewest that are used at all; `min_group`: fewest that are ever
-    decoded together; `groups`: of secure aggregation; `over_selection`: devices drawn per report wanted;
+    decoded together; `groups`: of secure aggregation; `over_selection`: devices drawn per report wanted (null: by
+    what is known);
     `pool_target`: waiting devices that end the window early (0: none do); `selection_s`: window before the draw;
-    `deadline_s`: from the draw to the end of waiting; `retry`: when devices that were not drawn come back;
+    `deadline_s`: from the draw to the end of waiting; `retry`: when devices that were not drawn come back
+    (null: steered);
     `criteria`: which devices; `aggregation`: plain only if the server may see single reports.
     """
 
@@ -43,11 +45,11 @@ class Reports(Message, frozen=True, kw_only=True):
     minimum: Positive = 50
     min_group: Annotated[int, Meta(ge=3, lt=2**16)] = 10
     groups: GroupSpec = GroupSpec()
-    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    over_selection: Annotated[float, Meta(ge=1, le=10)] | None = None
     pool_target: Count = 0
     selection_s: Seconds = 60.0
     deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
-    retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
+    retry: RetryWindow | None = None
     criteria: Criteria = Criteria()
     aggregation: Aggregation = Aggregation.SECURE
 

@@ -91,7 +91,6 @@ class RoundView:
     state: RoundState
     goal: int
     minimum: int
-    over_selection: float
     pool_target: int
     select_at: float
     deadline_at: float
@@ -103,10 +102,6 @@ class RoundView:
     num_collecting: int = 0
     num_unopened: int = 0
     is_async: bool = False
-
-    @property
-    def cohort_size(self) -> int:
-        return cohort_size(self.goal, self.over_selection)
 
     @property
     def is_admitting(self) -> bool:

@@ -63,14 +63,16 @@ class TaskSpec(Message, frozen=True, kw_only=True):
 
     `name`: of the task; `checkpoints`: the initial one to train from, or those to evaluate (candidate,
     incumbent, others); `num_rounds`: committed rounds after which it is finished; `goal`: reports that close
-    a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted;
-    `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
+    a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted
+    (null: as few as reach the goal 99 times of 100, by what became of those drawn before); `max_over_selection`: bound
+    of that; `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
     window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
-    `retry`: when devices that were not drawn come back; `aggregation`: plain only if the server may see single
-    reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure aggregation;
-    `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before rounding, for
-    few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training; `mode`: rounds
-    (each draws a cohort) or async (devices are let in at any time, and every full group is one update);
+    `retry`: when devices that were not drawn come back (null: steered by what the population's tasks need);
+    `share`: of the devices, next to that of the population's other tasks; `aggregation`: plain only if the server may
+    see single reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure
+    aggregation; `bits`: of a word of the encoding; `rotate`: spread every update evenly over its entries before
+    rounding, for few bits; `optimizer`: the server's step, of train tasks; `seed`: of the draws and of training;
+    `mode`: rounds (each draws a cohort) or async (devices are let in at any time, and every full group is one update);
     `concurrency`: async only, most devices at work at once; `max_staleness`: most rounds that may be committed
     between the one a device was assigned in and the one its report goes into (0: it is late when its round closes);
     `difference_clip`: of evaluate tasks, largest difference between two models that a device reports; `watch`: of
@@ -85,11 +87,13 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     num_rounds: Positive = 1
     goal: Positive
     minimum: Positive
-    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.3
+    over_selection: Annotated[float, Meta(ge=1, le=10)] | None = None
+    max_over_selection: Annotated[float, Meta(ge=1, le=10)] = 2.0
     pool_target: Count = 0
     selection_s: Seconds = 60.0
     deadline_s: Annotated[float, Meta(gt=0, le=1e9)] = 600.0
-    retry: RetryWindow = RetryWindow(earliest_s=60.0, latest_s=300.0)
+    retry: RetryWindow | None = None
+    share: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     criteria: Criteria = Criteria()
     aggregation: Aggregation = Aggregation.SECURE
     min_group: Annotated[int, Meta(ge=3, lt=2**16)] = 10
@@ -142,7 +146,7 @@ class TaskSpec(Message, frozen=True, kw_only=True):
                 hint="over_selection says how many devices a round draws",
                 got=self.concurrency,
             )
-        if self.retry.latest_s < self.retry.earliest_s:
+        if self.retry is not None and self.retry.latest_s < self.retry.earliest_s:
             raise InvalidConfig("retry window ends before it begins", got=self.retry.latest_s)
         if unknown := [name for name in self.criteria.requires if name not in CONDITIONS]:
             raise InvalidConfig(
@@ -233,7 +237,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
 
     @property
     def cohort_size(self) -> int:
-        return cohort_size(self.goal, self.over_selection)
+        """Devices that are drawn, at the most."""
+        return cohort_size(self.goal, self.over_selection or self.max_over_selection)
 
     @property
     def max_group(self) -> int:
@@ -242,10 +247,9 @@ class TaskSpec(Message, frozen=True, kw_only=True):
             return self.cohort_size
         return max(self.min_group, group_size(self.goal, self.groups.size))
 
-    @property
-    def pool_size(self) -> int:
+    def pool_size(self, num_wanted: int | None = None) -> int:
         """Waiting devices that end the selection window early, at least as many as are drawn; 0: none do."""
-        return max(self.pool_target, self.cohort_size) if self.pool_target else 0
+        return max(self.pool_target, num_wanted or self.cohort_size) if self.pool_target else 0
 
 
 def parse(data: object) -> TaskSpec:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -25,7 +25,7 @@ from starlette.routing import Mount, Route
 
 from homespun import __version__
 from homespun.clock import Clock, SystemClock
-from homespun.errors import InvalidConfig
+from homespun.errors import InvalidConfig, StorageFailure
 from homespun.server.api.device import DeviceApi
 from homespun.server.api.operator import OperatorApi
 from homespun.server.api.problems import Problems, from_http
@@ -54,6 +54,8 @@ def create_app(settings: Settings, clock: Clock) -> Starlette:
             await running
             await deployment.intake.drain()
             await deployment.groups.drain()
+            with suppress(StorageFailure):  # what was saved a minute ago will do
+                deployment.paces.save()
             deployment.store.close()
 
     async def health(_: Request) -> JSONResponse:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from homespun.clock import Clock
 from homespun.errors import InvalidConfig, StorageFailure
-from homespun.protocol.messages import RetryWindow
 from homespun.server.auth import Doorkeeper
 from homespun.server.blobs import Blobs, LocalBlobs
 from homespun.server.board import Board
@@ -19,6 +18,7 @@ from homespun.server.intake import ByteBudget, Intake
 from homespun.server.keys import Keys, load_keys
 from homespun.server.library import Library
 from homespun.server.notify import SCHEDULER, Notices
+from homespun.server.paces import Paces
 from homespun.server.releases import ReleaseDesk
 from homespun.server.rounds import Scheduler
 from homespun.server.settings import Settings
@@ -37,6 +37,7 @@ class Deployment:
     private: Blobs
     library: Library
     board: Board
+    paces: Paces
     desk: ReleaseDesk
     doorkeeper: Doorkeeper
     notices: Notices
@@ -59,11 +60,8 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
     blobs.sweep()
     private.sweep()
     library = Library(store, blobs, keys)
-    retry = RetryWindow(
-        earliest_s=settings.retry_earliest_s,
-        latest_s=max(settings.retry_earliest_s, settings.retry_latest_s),
-    )
-    board = Board(store, library, blobs, retry)
+    paces = Paces(store)
+    board = Board(store, library, blobs, paces, settings.retry)
     desk = ReleaseDesk(store, library, keys)
     notices = Notices()
     intake = Intake(store, private, settings, lambda: notices.ring(SCHEDULER))
@@ -84,6 +82,7 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
         desk=desk,
         intake=intake,
         groups=groups,
+        paces=paces,
         notices=notices,
         clock=clock,
     )
@@ -97,6 +96,7 @@ def open_deployment(settings: Settings, clock: Clock) -> Deployment:
         private=private,
         library=library,
         board=board,
+        paces=paces,
         desk=desk,
         doorkeeper=Doorkeeper(store, clock, keys),
         notices=notices,

@@ -10,8 +10,7 @@ rows are refused was never added, and the sum is read again from the last snapsh
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -136,41 +135,61 @@ class Intake:
             running.total = decode_contribution(scope.get(running.snapshot))
 
 
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """A body that waits for `size` bytes."""
+
+    population: str
+    size: int
+    granted: asyncio.Future[None]
+
+
 class ByteBudget:
-    """Bounds the bytes of bodies in memory; who comes first is served first, however much it asks for."""
+    """Bounds the bytes of bodies in memory.
+
+    What becomes free goes to the population that holds the fewest bytes, so that none waits for more than what it finds
+    under way; within a population whoever comes first is served first, however much it asks for.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._free = size
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._held: Counter[str] = Counter()
+        self._queue: list[_Turn] = []
 
     @asynccontextmanager
-    async def hold(self, size: int) -> AsyncIterator[None]:
+    async def hold(self, size: int, population: str = "") -> AsyncIterator[None]:
         """Wait until `size` bytes are free; more than the whole budget waits for all of it."""
-        size = min(size, self._size)
-        if self._queue or size > self._free:
-            turn = asyncio.get_running_loop().create_future()
-            self._queue.append((size, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(size)
-                else:
-                    with contextlib.suppress(ValueError):
-                        self._queue.remove((size, turn))
-                raise
-        else:
-            self._free -= size
+        turn = _Turn(population, min(size, self._size), asyncio.get_running_loop().create_future())
+        self._queue.append(turn)
+        self._grant()
+        try:
+            await turn.granted
+        except asyncio.CancelledError:
+            if turn.granted.cancelled():
+                self._queue.remove(turn)
+                self._grant()  # it may have been in the way
+            else:
+                self._give_back(turn)
+            raise
         try:
             yield
         finally:
-            self._give_back(size)
+            self._give_back(turn)
 
-    def _give_back(self, size: int) -> None:
-        self._free += size
-        while self._queue and self._queue[0][0] <= self._free:
-            wanted, turn = self._queue.popleft()
-            if not turn.done():
-                self._free -= wanted
-                turn.set_result(None)
+    def _give_back(self, turn: _Turn) -> None:
+        self._free += turn.size
+        self._held[turn.population] -= turn.size
+        self._held = +self._held  # populations that hold nothing are forgotten
+        self._grant()
+
+    def _grant(self) -> None:
+        """Serve who is next, and wait for that one rather than let smaller bodies pass."""
+        while waiting := [turn for turn in self._queue if not turn.granted.cancelled()]:
+            turn = min(waiting, key=lambda each: self._held[each.population])
+            if turn.size > self._free:
+                return
+            self._queue.remove(turn)
+            self._free -= turn.size
+            self._held[turn.population] += turn.size
+            turn.granted.set_result(None)

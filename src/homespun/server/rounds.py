@@ -22,6 +22,7 @@ from homespun.server.groups import GroupDesk
 from homespun.server.intake import Intake
 from homespun.server.library import Library
 from homespun.server.notify import EVENTS, SCHEDULER, Notices, population_topic, round_topic
+from homespun.server.paces import Paces
 from homespun.server.releases import ReleaseDesk
 from homespun.server.store import Store
 from homespun.server.store.records import RoundRecord
@@ -43,6 +44,7 @@ class Scheduler:
         desk: ReleaseDesk,
         intake: Intake,
         groups: GroupDesk,
+        paces: Paces,
         notices: Notices,
         clock: Clock,
     ) -> None:
@@ -54,6 +56,7 @@ class Scheduler:
         self._desk = desk
         self._intake = intake
         self._groups = groups
+        self._paces = paces
         self._notices = notices
         self._clock = clock
         self._turn = asyncio.Lock()
@@ -77,6 +80,7 @@ class Scheduler:
             topics = await asyncio.to_thread(self._advance)
             if topics:
                 await self.publish(*topics)
+            await asyncio.to_thread(self._paces.settle, self._clock.now())
 
     async def publish(self, *topics: str) -> None:
         """Something in the database changed: write the board anew, then wake who waits for it."""

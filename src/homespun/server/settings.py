@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from homespun.errors import InvalidConfig
+from homespun.protocol.messages import RetryWindow
 
 
 class Settings(BaseSettings):
@@ -18,7 +19,7 @@ class Settings(BaseSettings):
     `max_wait_s`: longest that a long poll is held; `tick_s`: how often deadlines are looked at when nothing
     happens; `batch_s`, `batch_size`: uploads that become durable together; `upload_memory`: report bodies in
     memory at once; `upload_timeout_s`: longest that one body may take; `retry_*_s`: when a device of a population
-    without any task comes back.
+    without any task comes back (if not given, its pace is steered).
     """
 
     model_config = SettingsConfigDict(env_prefix="HOMESPUN_SERVER_", frozen=True, extra="forbid")
@@ -35,8 +36,18 @@ class Settings(BaseSettings):
     upload_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     max_message: Annotated[int, Field(ge=1024)] = 64 * 2**10
     max_checkpoint: Annotated[int, Field(ge=1024)] = 256 * 2**20
-    retry_earliest_s: Annotated[float, Field(ge=0)] = 60.0
-    retry_latest_s: Annotated[float, Field(ge=0)] = 300.0
+    retry_earliest_s: Annotated[float, Field(ge=0)] | None = None
+    retry_latest_s: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def retry(self) -> RetryWindow | None:
+        """When devices of a population without any task come back, if that is fixed."""
+        if self.retry_earliest_s is None and self.retry_latest_s is None:
+            return None
+        earliest_s = self.retry_earliest_s or 0.0
+        return RetryWindow(
+            earliest_s=earliest_s, latest_s=max(earliest_s, self.retry_latest_s or 0.0)
+        )
 
     @property
     def database(self) -> str:

@@ -124,19 +124,17 @@ class DeviceApi:
         population = message.population
         require_member(device, population)
         board = self._home.board
+        self._home.paces.arrive(population, self._home.clock.now())
         before = board.standing(population).releases
-        reply = board.reply(population, device.device_id, message.plan_formats)
-        if reply.offers or message.wait_s <= 0:
-            return _json(reply)
         with self._home.notices.listen(population_topic(population)) as bell:
             until = _loop_time() + min(message.wait_s, self._home.settings.max_wait_s)
             while True:
-                reply = board.reply(population, device.device_id, message.plan_formats)
-                if reply.offers or reply.releases != before:
+                offers = board.offers(population, device.device_id, message.plan_formats)
+                if offers or board.standing(population).releases != before:
                     break
                 if not await bell.wait(until - _loop_time()):
                     break
-        return _json(reply)
+        return _json(board.reply(population, offers, self._home.clock.now()))
 
     async def claim(self, request: Request) -> Response:
         device, body = await self._signed(request)
@@ -159,7 +157,7 @@ class DeviceApi:
         task = self._home.store.tasks.get(message.task_id)
         require_member(device, task.spec.population)
         if not in_bucket(task.spec.criteria.bucket, device.device_id):
-            return Rejected(reason="not_in_bucket", retry=task.spec.retry), False
+            return self._rejected(task, "not_in_bucket"), False
         place = (message.task_id, message.round_number, message.attempt, device.device_id)
         claims, now = self._home.store.claims, self._home.clock.now()
         if wait_s is None:
@@ -167,6 +165,8 @@ class DeviceApi:
         else:
             answer = claims.claim(*place, now, now + 2 * wait_s + CLAIM_GRACE_S)
         due = isinstance(answer, Gathered) and answer.due
+        if isinstance(answer, Gathered) and answer.is_new:
+            self._home.paces.claim(task.spec.population, task.task_id, now)
         return self._claim_reply(task, message, answer), due
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:
@@ -175,7 +175,7 @@ class DeviceApi:
             # Soon enough to be still waiting when the draw comes.
             return Waiting(retry=RetryWindow(earliest_s=0.0, latest_s=CLAIM_GRACE_S / 3))
         if not isinstance(answer, Drawn):
-            return Rejected(reason=answer.reason, retry=spec.retry)
+            return self._rejected(task, answer.reason)
         manifest = self._home.library.manifest(spec.plan_hash)
         place = message.round_number, message.attempt
         return Assigned(
@@ -192,6 +192,12 @@ class DeviceApi:
             max_staleness=spec.max_staleness,
         )
 
+    def _rejected(self, task: TaskRecord, reason: str) -> Rejected:
+        retry = task.spec.retry
+        if retry is None:
+            retry = self._home.board.retry(task.spec.population, self._home.clock.now())
+        return Rejected(reason=reason, retry=retry)
+
     # --- reporting --------------------------------------------------------------------------------
 
     async def report(self, request: Request) -> Response:
@@ -200,7 +206,7 @@ class DeviceApi:
         expected = await self._reporting(assignment, device, Aggregation.PLAIN)
         codec = await self._codec(expected)
         receipt, size = expected.receipt, report_size(expected.task.spec, codec)
-        async with self._home.uploads.hold(size):
+        async with self._home.uploads.hold(size, expected.task.spec.population):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
             self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
@@ -242,7 +248,7 @@ class DeviceApi:
         expected = await self._reporting(assignment, device, Aggregation.SECURE)
         codec = await self._codec(expected)
         size = report_size(expected.task.spec, codec)
-        async with self._home.uploads.hold(size):
+        async with self._home.uploads.hold(size, expected.task.spec.population):
             body = await read_exactly(request, size, self._home.settings.upload_timeout_s)
             body_hash = await asyncio.to_thread(digest, body)
             self._home.doorkeeper.check_signature(request, device.public_key, body_hash)
@@ -349,9 +355,11 @@ class DeviceApi:
         return device, body
 
     async def _expectation(self, assignment: str, device: DeviceRecord) -> Expectation:
-        return await asyncio.to_thread(
-            self._home.store.reports.expectation, assignment, device.device_id
-        )
+        reports = self._home.store.reports
+        expected = await asyncio.to_thread(reports.expectation, assignment, device.device_id)
+        if expected.receipt.state is ReportState.LATE and not expected.has_heard:
+            await asyncio.to_thread(reports.tell, assignment)
+        return expected
 
     async def _void(self, assignment: str, reason: str) -> None:
         await asyncio.to_thread(self._home.store.reports.void, assignment, reason)

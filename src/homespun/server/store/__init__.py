@@ -12,6 +12,8 @@ from homespun.server.store.database import Database
 from homespun.server.store.enrolment import Enrolment
 from homespun.server.store.events import Events
 from homespun.server.store.groups import Groups
+from homespun.server.store.pacing import Pacing
+from homespun.server.store.rates import Rates
 from homespun.server.store.releases import Releases
 from homespun.server.store.reports import Reports
 from homespun.server.store.rounds import Rounds
@@ -31,6 +33,8 @@ class Store:
         self.claims = Claims(self.database)
         self.reports = Reports(self.database)
         self.groups = Groups(self.database)
+        self.rates = Rates(self.database)
+        self.pacing = Pacing(self.database)
         self.releases = Releases(self.database)
         self.events = Events(self.database)
 

@@ -46,7 +46,8 @@ class Claims:
                 return _answer(connection, row, device_id)
             mine = (claims.c.round_id == row.round_id) & (claims.c.device_id == device_id)
             refresh = update(claims).where(mine).values(expires_at=waits_until)
-            if connection.execute(refresh).rowcount == 0:
+            is_new = connection.execute(refresh).rowcount == 0
+            if is_new:
                 connection.execute(
                     insert(claims).values(
                         round_id=row.round_id, device_id=device_id, expires_at=waits_until
@@ -55,8 +56,17 @@ class Claims:
             spec = decode_spec(row.task_spec)
             waiting = num_waiting(connection, row.round_id, now)
             over = now >= row.select_at
-            ready = pool_ready(waiting, spec.pool_size, spec.minimum, window_over=over)
-            return Gathered(due=ready)
+            if over and is_new and waiting == 1:  # those that meet now are all to have a chance
+                over = False
+                connection.execute(
+                    update(rounds)
+                    .where(rounds.c.round_id == row.round_id)
+                    .values(select_at=now + spec.selection_s)
+                )
+            ready = pool_ready(
+                waiting, spec.pool_size(row.num_wanted), spec.minimum, window_over=over
+            )
+            return Gathered(ready, is_new)
 
     def answer(self, task_id: str, number: int, attempt: int, device_id: str) -> ClaimAnswer:
         """What became of a claim, without asking again."""

@@ -83,7 +83,7 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
 class RoundRecord:
     """A live round: what `protocol.round.due` looks at, and what its events need.
 
-    `sums`: snapshots of what was added up, of the whole round or of each opened group.
+    `num_wanted`: devices to draw; `sums`: snapshots of what was added up, of the whole round or of each opened group.
     """
 
     round_id: int
@@ -91,6 +91,7 @@ class RoundRecord:
     number: int
     attempt: int
     base: Hash
+    num_wanted: int
     sums: tuple[Hash, ...]
     checkpoint: Hash | None
     view: RoundView
@@ -147,9 +148,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A claim that waits; `due`: the draw may be made now."""
+    """A claim that waits; `due`: the draw may be made now; `is_new`: the device did not wait before."""
 
     due: bool
+    is_new: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Expectation:
     """An assignment as the server knows it before a body is read.
 
     `origin`: the round that it was given in; `number`: the one that it is in now; `base`: of that one; `deadline_at`:
-    of that one; `expires_at`: of the assignment itself.
+    of that one; `expires_at`: of the assignment itself; `has_heard`: that it is late.
     """
 
     round_id: int
@@ -182,6 +184,7 @@ class Expectation:
     is_carried: bool
     group_id: int | None
     receipt: Receipt
+    has_heard: bool = False
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,17 @@ class Reports:
                 checkpoint=row.checkpoint if state is ReportState.INCLUDED else None,
                 reason=row.reason,
             ),
+            has_heard=row.has_heard,
         )
+
+    def tell(self, assignment_id: str) -> None:
+        """Its device hears now that it is late: it was alive, and no loss."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(receipts)
+                .where(receipts.c.receipt_id == receipt_id(assignment_id))
+                .values(has_heard=True)
+            )
 
     def snapshot(self, round_id: int) -> Hash | None:
         """The sum as of the last group that became durable; None: no report yet."""

@@ -29,6 +29,7 @@ from homespun.server.store.groups import (
     group_summaries,
     opened_sums,
 )
+from homespun.server.store.rates import num_wanted, tally
 from homespun.server.store.records import (
     RoundRecord,
     RoundResult,
@@ -102,7 +103,13 @@ class Rounds:
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.OPEN)
             spec = decode_spec(row.task_spec)
-            _set(connection, round_id, opened_at=now, select_at=now + spec.selection_s)
+            _set(
+                connection,
+                round_id,
+                opened_at=now,
+                select_at=now + spec.selection_s,
+                num_wanted=num_wanted(connection, row.task_id, spec, now),
+            )
             _event(connection, row, "round.opened", now)
 
     def select(self, round_id: int, now: float) -> None:
@@ -121,7 +128,7 @@ class Rounds:
                 raise Conflict("too few devices wait", expected=spec.minimum, got=len(pool))
             cohort = draw(
                 pool,
-                spec.cohort_size,
+                row.num_wanted or spec.cohort_size,
                 seed=spec.seed,
                 task=spec.name,
                 round_number=row.number,
@@ -207,6 +214,8 @@ class Rounds:
         """-> ABANDONED: receipts are void; a new attempt is planned, or the task halted."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.ABANDON)
+            if row.deadline_at is not None:
+                tally(connection, row, now)
             failures = row.task_failures + 1
             task: dict[str, object] = {"failures": failures}
             if failures < MAX_FAILURES:
@@ -333,14 +342,14 @@ def _record(connection: Connection, row: Row[Any], now: float) -> RoundRecord:
         number=row.number,
         attempt=row.attempt,
         base=row.base,
+        num_wanted=row.num_wanted or task.spec.cohort_size,
         sums=opened_sums(connection, row.round_id) if secure else plain_sum,
         checkpoint=row.checkpoint,
         view=RoundView(
             state=state,
             goal=task.spec.goal,
             minimum=task.spec.minimum,
-            over_selection=task.spec.over_selection,
-            pool_target=task.spec.pool_size,
+            pool_target=task.spec.pool_size(row.num_wanted),
             select_at=row.select_at or 0.0,
             deadline_at=or_never(row.deadline_at),
             num_waiting=(

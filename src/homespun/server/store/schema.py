@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -154,6 +155,7 @@ rounds = Table(
     Column("deadline_at", Float, comment="When waiting for reports ends."),
     Column("closed_at", Float, comment="When the fence fell: later reports are late."),
     Column("committed_at", Float, comment="When the checkpoint became the head."),
+    Column("num_wanted", Integer, comment="Devices to draw, from the measured drop-out."),
     Column("num_assigned", Integer, nullable=False, comment="Size of the cohort."),
     Column("num_reported", Integer, nullable=False, comment="Contributions in the sum."),
     Column("num_carried", Integer, nullable=False, comment="Of earlier rounds, that may join."),
@@ -164,6 +166,13 @@ rounds = Table(
     Column("optimizer_state", HASH, comment="After its step; private blob. Server only."),
     Column("result", Text, comment="Totals over the cohort, JSON of RoundResult."),
     Column("reason", Text, nullable=False, comment="Why abandoned or cancelled, for people."),
+    Column(
+        "is_tallied",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether its cohort is counted in rates.",
+    ),
     UniqueConstraint("task_id", "number", "attempt"),
     comment="Attempts at rounds. Operators: cohort figures only.",
 )
@@ -229,6 +238,13 @@ receipts = Table(
     Column("state", String(16), nullable=False, comment="See protocol.messages.ReportState."),
     Column("digest", HASH, comment="SHA-256 of the report's body."),
     Column("reason", Text, nullable=False, comment="Why void or late."),
+    Column(
+        "has_heard",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether its device was told that it is late.",
+    ),
     comment="What became of every report, kept against replay. Who knows the assignment id.",
 )
 Index("ix_receipts_round_id_state", receipts.c.round_id, receipts.c.state)
@@ -293,6 +309,31 @@ manifests = Table(
     Column("fraction", Float, nullable=False, comment="Share of the devices that take it."),
     Column("signed", LargeBinary, nullable=False, comment="JSON of SignedRelease."),
     comment="What was published. Devices get the newest of a slot, and the newest for all of them.",
+)
+
+pacing = Table(
+    "pacing",
+    metadata,
+    Column(
+        "population",
+        NAME,
+        ForeignKey("populations.name"),
+        primary_key=True,
+        comment="Whose check-ins.",
+    ),
+    Column("state", Text, nullable=False, comment="Check-ins per minute, JSON of PaceRecord."),
+    comment="How many devices are to come back when; never which. Server.",
+)
+
+rates = Table(
+    "rates",
+    metadata,
+    Column("task_id", ID, ForeignKey("tasks.task_id"), primary_key=True, comment="Which task."),
+    Column("hour", Integer, primary_key=True, comment="Of the day, UTC, at which they were drawn."),
+    Column("num_reported", Float, nullable=False, comment="Devices that reported; faded."),
+    Column("num_lost", Float, nullable=False, comment="Devices that did not; faded."),
+    Column("at", Float, nullable=False, comment="Unix seconds, as of which."),
+    comment="What became of cohorts, over many rounds. Server.",
 )
 
 events = Table(
