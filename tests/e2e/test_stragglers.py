@@ -176,7 +176,8 @@ def test_a_straggler_is_in_the_next_checkpoint_with_less_weight(fleet: Fleet):
         said.append(contribution(fleet.devices[index], assigned, examples, fleet.server, scratch))
     codec = contribution_codec(task.spec, PLAN.manifest, 2, 1)
     algorithm = Algorithm(PLAN.manifest.shapes, codec, server_optimizer("FedAvg", {}))
-    base = decode_tree((fleet.root / "scratch-0" / "checkpoint-0.safetensors").read_bytes())
+    downloaded = fleet.root / f"scratch-{included[0]}" / "checkpoint-0.safetensors"
+    base = decode_tree(downloaded.read_bytes())
     moved, _, _ = algorithm.server_update(base, {}, *said)
     assert second.checkpoint == digest(encode_tree(moved))
     assert not list(fleet.devices[slow].home.work.iterdir())
