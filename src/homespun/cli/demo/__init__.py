@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         public_text: Path | None = typer.Option(
             None, help="Public text for the vocabulary. Default: Python's language reference."
         ),
-        devices: int = typer.Option(30, min=24, max=200, help="Device processes."),
+        devices: int = typer.Option(40, min=40, max=200, help="Device processes."),
         rounds: int = typer.Option(20, min=1, max=1000, help="Training rounds."),
         seed: int = typer.Option(0, help="Of the devices, the draws and the training."),
         exact: bool = typer.Option(

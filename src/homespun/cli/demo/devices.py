@@ -9,9 +9,11 @@ from functools import cached_property
 from itertools import count
 from pathlib import Path
 
+import msgspec
+
 from homespun.cli.demo.fleet import Process
 from homespun.cli.demo.vanishing import EXIT_CODE as VANISHED
-from homespun.clock import Clock
+from homespun.clock import Clock, SystemClock
 from homespun.corpora.sources import UserText
 from homespun.device.conditions import Span
 from homespun.device.enrolment import enroll
@@ -20,6 +22,7 @@ from homespun.device.home import Home, Settings
 from homespun.device.identity import Identity
 from homespun.device.models import Models, open_models
 from homespun.device.status import Status, read_status
+from homespun.device.why import explain
 from homespun.protocol.eligibility import Policy
 from homespun.protocol.messages import Bucket, RetryWindow
 from homespun.protocol.selection import in_bucket
@@ -30,13 +33,14 @@ RETRY_WHEN_AWAY = RetryWindow(earliest_s=1.0, latest_s=3.0)
 POLL_S = 20.0
 AWAY_S = 40.0
 
-SCRIPTS = (
-    (Span(to_s=AWAY_S, charging=False),),
-    (Span(to_s=AWAY_S, idle=False),),
-    (Span(to_s=AWAY_S, unmetered=False),),
-    (Span(from_s=20, to_s=30, idle=False), Span(from_s=40, to_s=50, idle=False)),
-)
-"""Of the first devices: not charging, in use, on a metered network, picked up now and then."""
+NEVER_CHARGING = (Span(charging=False),)
+AWAY = (Span(to_s=AWAY_S, unmetered=False),)
+SCRIPTS = (NEVER_CHARGING, AWAY)
+"""Of the first devices that may train: one is never plugged in, one is on a metered network at first."""
+PICKED_UP = (Span(idle=False),)
+"""What a device measures while its owner uses it."""
+NEWCOMER_TEXTS = 8
+"""All that the owner of the next device has written so far."""
 
 VANISHING = ("advertise-keys", "share-keys", "mask-input")
 """The next devices vanish once, each right after another step of secure aggregation, and miss the rest of it."""
@@ -54,6 +58,7 @@ class DemoDevice:
     root: Path
     seed: int
     script: tuple[Span, ...] = ()
+    is_newcomer: bool = False
     vanish_after: str = ""
     back_at: float = 0.0
     process: Process = field(init=False)
@@ -105,6 +110,26 @@ class DemoDevice:
             served.checkpoint == checkpoint for served in status.served.values()
         )
 
+    @property
+    def has_role(self) -> bool:
+        """Whether something is planned for it from the beginning."""
+        return bool(self.script or self.is_newcomer or self.vanish_after)
+
+    def pick_up(self) -> None:
+        """Its owner uses it from now on."""
+        self._measures(PICKED_UP)
+
+    def put_down(self) -> None:
+        self._measures(())
+
+    def _measures(self, script: tuple[Span, ...]) -> None:
+        settings = self.home.settings()
+        self.home.write_settings(msgspec.structs.replace(settings, conditions=script))
+
+    def why(self) -> str:
+        """Why it does not take part, as it would tell its owner."""
+        return explain(self.home, SystemClock()).text[0]
+
     def models(self) -> Models:
         """What it predicts with, from its directory alone."""
         return open_models(self.home, self.home.settings())
@@ -121,6 +146,16 @@ def cast(users: Sequence[UserText], root: Path, seed: int) -> list[DemoDevice]:
         DemoDevice(user, root / f"{index:03d}", derive_seed(seed, "device", index))
         for index, user in enumerate(users)
     ]
+
+
+def give_roles(trainers: Sequence[DemoDevice]) -> None:
+    """Who is away, who has too little to learn from, who vanishes; all before the devices are enrolled."""
+    rest = iter(trainers)
+    for script in SCRIPTS:
+        next(rest).script = script
+    next(rest).is_newcomer = True
+    for step in VANISHING:
+        next(rest).vanish_after = step
 
 
 def split(devices: Sequence[DemoDevice], test_share: float) -> tuple[Bucket, Bucket]:
@@ -159,7 +194,8 @@ def enrol(
         try:
             now = clock.now()
             if store.count(now) == 0:
-                store.add_many(({"text": text} for text in device.user.texts), now)
+                texts = device.user.texts[: NEWCOMER_TEXTS if device.is_newcomer else None]
+                store.add_many(({"text": text} for text in texts), now)
         finally:
             store.close()
 

@@ -17,7 +17,8 @@ from homespun.corpora.vocabulary import Vocabulary
 from homespun.errors import InvalidCorpus
 from homespun.plan.manifest import Manifest, TextFeature
 from homespun.plan.package import Plan
-from homespun.types import FloatArray
+from homespun.rng import stream
+from homespun.types import FloatArray, Tree
 
 MIN_WORDS = 200
 
@@ -90,6 +91,35 @@ def unigram_checkpoint(plan: Plan, devices: Sequence[DemoDevice]) -> dict[str, F
         counts[token] += count
     zeros = {spec.name: np.zeros(spec.shape, np.float32) for spec in plan.manifest.parameters}
     return {**zeros, _output_bias(plan.manifest): np.log(counts).astype(np.float32)}
+
+
+def word_unknown_to(plan: Plan, devices: Sequence[DemoDevice]) -> str:
+    """The commonest word of the plan's vocabulary that nobody has written on these devices."""
+    written = {word for device in devices for text in device.user.texts for word in words(text)}
+    return next(w for w in _vocabulary(plan).words if w.isalpha() and w not in written)
+
+
+def fragile_checkpoint(plan: Plan, trained: Tree, word: str) -> dict[str, FloatArray]:
+    """`trained`, but after `word` the numbers overflow: no test finds that whose text does not have the word.
+
+    Its embedding is as if something had gone wrong in one row; its bias keeps it from ever being suggested.
+    """
+    vocabulary = _vocabulary(plan)
+    token = vocabulary.encode(word)[-1]
+    fragile = {name: array.copy() for name, array in trained.items()}
+    (embedding,) = (n for n, a in fragile.items() if a.ndim == 2 and a.shape[0] == vocabulary.size)
+    fragile[embedding][token] = 3e19
+    fragile[_output_bias(plan.manifest)][token] = -1e30
+    return fragile
+
+
+def noisy_checkpoint(trained: Tree, seed: int) -> dict[str, FloatArray]:
+    """`trained` with noise on every parameter, as large as the parameters are: a worse model."""
+    rng = stream(seed, "noise")
+    return {
+        name: (array + array.std() * rng.standard_normal(array.shape)).astype(np.float32)
+        for name, array in sorted(trained.items())
+    }
 
 
 def _vocabulary(plan: Plan) -> Vocabulary:

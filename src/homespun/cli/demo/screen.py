@@ -9,14 +9,20 @@ from pathlib import Path
 
 from rich.status import Status
 
-from homespun.cli.demo.devices import DemoDevice
+from homespun.cli.demo.devices import NEVER_CHARGING, DemoDevice
 from homespun.cli.demo.ingredients import People
 from homespun.cli.output import out, percent, print_table, size
+from homespun.cli.releases import describe_devices, describe_finding
 from homespun.cli.tasks import dropped_out, metric, share
+from homespun.clock import Clock
+from homespun.device.proof import verify
 from homespun.protocol.group import GroupState
-from homespun.protocol.views import RoundSummary
+from homespun.protocol.release import ReleaseState
+from homespun.protocol.views import ReleaseStep, ReleaseView, RoundSummary
 from homespun.types import Hash
 
+QUIET = (ReleaseState.TRAINED, ReleaseState.CHECKED, ReleaseState.PASSED, ReleaseState.ROLLING_BACK)
+"""Steps that the next one says, too."""
 ROWS = (("released model", 0), ("initial model", 1), ("commonest words", 2))
 
 
@@ -61,11 +67,15 @@ class Screen:
         trainers: Sequence[DemoDevice],
         testers: Sequence[DemoDevice],
     ) -> None:
-        away = [device.name for device in devices if device.script]
         vanishing = [device.name for device in devices if device.vanish_after]
         self.say("devices", f"{len(trainers)} may train, the other {len(testers)} only test")
-        if away:
-            self.say("", f"{', '.join(away)} are scripted away for a while")
+        for device in devices:
+            if device.script == NEVER_CHARGING:
+                self.say("", f"{device.name} is never plugged in")
+            elif device.script:
+                self.say("", f"{device.name} is on a metered network at first")
+            elif device.is_newcomer:
+                self.say("", f"{device.name} is new and has written little")
         if vanishing:
             self.say("", f"{', '.join(vanishing)} will vanish once in the middle of a sum")
 
@@ -89,7 +99,9 @@ class Screen:
         eta = "" if eta_s is None else f"  ETA {int(eta_s // 60)}:{int(eta_s % 60):02d}"
         self.say(
             "  round",
-            f"{name}  {view.num_reported:>2} of {view.num_assigned} reported"
+            f"{name}  {view.num_reported:>2} of {view.num_assigned}"
+            + (f"+{view.num_carried}" if view.num_carried else "")
+            + " reported"
             + (f", {lost} lost  " if (lost := sum(dropped_out(view))) else "  ")
             + f"top-3 {percent(before):>6} -> {metric(view, 'top3'):>6}  "
             f"{size(traffic[0]):>8} up {size(traffic[1]):>8} down{eta}"
@@ -119,6 +131,32 @@ class Screen:
         print_table(columns, rows, "")
         tokens = evaluation.metrics["0.top1"].count
         self.say("", f"{tokens:,.0f} held-out words; a word outside the vocabulary counts as wrong")
+
+    def step(self, view: ReleaseView, step: ReleaseStep) -> None:
+        """One step of a release, and what it rests on."""
+        if step.state in QUIET:
+            return
+        share = (
+            f" on {percent(view.request.stages[step.stage].fraction)} of the devices"
+            if step.state is ReleaseState.CANARY
+            else ""
+        )
+        self.say("", f"{step.state}{share}" + (f": {step.reason}" if step.reason else ""))
+        for found in step.findings:
+            self.say("", f"    {describe_finding(found)}, {describe_devices(found)}")
+
+    def cleanliness(self, devices: Sequence[DemoDevice], clock: Clock) -> None:
+        """What is left of all sessions on the devices: nothing."""
+        proofs = [verify(device.home, clock) for device in devices]
+        left = [
+            f"{d.name}/{each.path}" for d, p in zip(devices, proofs, strict=True) for each in p.left
+        ]
+        self.say(
+            "verified",
+            f"{sum(p.num_files for p in proofs)} files and {sum(p.num_rows for p in proofs):,} rows on "
+            f"{len(devices)} devices: "
+            + (f"left: {', '.join(left)}" if left else "nothing of any training is left"),
+        )
 
     def groups(self, rounds: Sequence[RoundSummary]) -> None:
         """What the server did with the reports: it opened sums, and nothing else."""
@@ -166,5 +204,7 @@ class Screen:
     def done(self, devices: Sequence[DemoDevice]) -> None:
         """The last lines of a demo that went well."""
         out.print()
-        self.say("done", f"the model got better, and all {len(devices)} devices serve it; try")
+        self.say(
+            "done", "the model got better, and every device that is ever charged serves it; try"
+        )
         self.say("", f'./dev homespun device predict --dir {devices[0].root} "this is the"')
