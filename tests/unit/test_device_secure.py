@@ -56,6 +56,7 @@ class Switch:
     """Conditions that the test turns on and off."""
 
     holds = True
+    script_start = None
 
     def read(self, now: float) -> Conditions:
         return dict.fromkeys(("idle", "charging", "unmetered"), self.holds)

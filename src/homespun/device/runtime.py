@@ -23,6 +23,7 @@ from homespun.clock import Clock
 from homespun.device import child, cleaning
 from homespun.device.conditions import ConditionSource, Watch
 from homespun.device.connection import Connection
+from homespun.device.current import CurrentSettings
 from homespun.device.errands import fetch_releases, resolve_receipts
 from homespun.device.examples import open_examples
 from homespun.device.home import Home
@@ -30,7 +31,6 @@ from homespun.device.journal import Journal
 from homespun.device.models import open_models
 from homespun.device.offers import Judge, Reason, reasons_of
 from homespun.device.passage import RECHECK_S, REFUSE_FOR_S, Passage
-from homespun.device.policy import CurrentPolicy
 from homespun.device.reporting import Reporting
 from homespun.device.sealing import Seal
 from homespun.device.status import Board
@@ -105,12 +105,13 @@ class Runtime:
         self._journal = Journal(home.journal_file)
         self._examples = open_examples(home, settings)
         self._models = open_models(home, settings)
-        self._policy = CurrentPolicy(home, settings)
+        self._current = CurrentSettings(home, settings)
+        self._policy = self._current.policy
         self._judge = Judge(
             settings.device_id, self._policy, self._journal, self._examples, self._models
         )
         self._board = Board(
-            home, settings, self._journal, self._examples, self._models, self._judge, clock.now()
+            home, settings, self._journal, self._examples, self._models, self._judge
         )
         self._passage = passage = Passage(settings, self._journal, self._board, clock)
         seal = Seal(home.store_key_file)
@@ -166,7 +167,7 @@ class Runtime:
                 pause = self.step()
                 if pause > 0:
                     with self._stop.interruptible():
-                        self._policy.sleep(self._clock, min(pause, LONGEST_PAUSE_S))
+                        self._current.sleep(self._clock, min(pause, LONGEST_PAUSE_S))
         except Stopped:
             pass
         finally:
@@ -196,8 +197,9 @@ class Runtime:
         if now >= self._clean_at:
             self._clean_at = now + cleaning.EVERY_S
             self._tidy(now)
-        if self._policy.take_change():
-            self._journal.reconsider_plans()
+        if (before := self._current.take_change()) is not None:
+            if before.policy != self._policy():
+                self._journal.reconsider_plans()
             self._board.refuse(self._unmet(CHECK_IN_REQUIRES))
         pause = self._journal.retry_at - now
         if not 0 < pause <= LONGEST_RETRY_S or self.session.state in _ENDED:
@@ -253,9 +255,8 @@ class Runtime:
             )
         )
         resolve_receipts(self._journal, self._connection)
-        accepted, against = self._judge.choose(
-            reply.offers, self._read_conditions(), self._clock.now()
-        )
+        now = self._clock.now()
+        accepted, against = self._judge.choose(reply.offers, self._read_conditions(now), now)
         self._board.refuse(against)
         self._passage.go(E.CHECK_IN, offer=accepted)
         return 0 if accepted else self._turn_away(reply.retry, given=True)
@@ -422,16 +423,20 @@ class Runtime:
 
     def _watch(self, requires: tuple[str, ...]) -> Watch:
         until = self.session.expires_at or float("inf")
-        return Watch(self._conditions, requires, self._policy, self._clock, self._stop, until)
+        return Watch(self._read_conditions, requires, self._policy, self._clock, self._stop, until)
 
-    def _read_conditions(self) -> Conditions:
-        self._board.conditions = self._conditions.read(self._clock.now())
-        return self._board.conditions
+    def _read_conditions(self, now: float) -> Conditions:
+        """How they are now; what has changed is told at once, because a step may take long."""
+        conditions, start = self._conditions.read(now), self._conditions.script_start
+        if (conditions, start) != (self._board.conditions, self._board.script_start):
+            self._board.conditions, self._board.script_start = conditions, start
+            self._board.write(self.session, now)
+        return conditions
 
     def _unmet(self, requires: tuple[str, ...], task: str | None = None) -> tuple[Reason, ...]:
         policy = self._policy()
         served = check_population(policy, self._settings.population)
-        checks = check_conditions(requires, self._read_conditions(), policy)
+        checks = check_conditions(requires, self._read_conditions(self._clock.now()), policy)
         return reasons_of((served, *checks), task)
 
     def _say(self, verdict: str) -> None:
