@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -133,4 +134,4 @@ def _admit(
     )
     given = _answer(connection, row, device_id)
     assert isinstance(given, Drawn)
-    return given
+    return replace(given, is_new=True)
