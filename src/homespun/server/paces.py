@@ -62,7 +62,8 @@ class Paces:
             return ()
         by_task = {offer.task_id: offer for offer in offers}
         with self._lock:
-            order = self._turns.order([(task, shares[task]) for task in by_task], now)
+            # A task that was stopped this moment has no share any more.
+            order = self._turns.order([(task, shares.get(task, 1.0)) for task in by_task], now)
             self._turns.offer(order[0], now)
             self._paces[population].offer()
         return tuple(by_task[task] for task in order)

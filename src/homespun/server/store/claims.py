@@ -58,7 +58,7 @@ class Claims:
             waiting = num_waiting(connection, row.round_id, now)
             over = now >= row.select_at
             if over and is_new and waiting == 1:  # those that meet now are all to have a chance
-                over = False
+                over = spec.selection_s == 0
                 connection.execute(
                     update(rounds)
                     .where(rounds.c.round_id == row.round_id)
