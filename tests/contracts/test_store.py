@@ -21,14 +21,11 @@ from homespun.protocol.messages import (
     ReleaseManifest,
     SignedRelease,
     TaskKind,
+    encode,
 )
 from homespun.protocol.pacing import Pace
-from homespun.protocol.release import (
-    ReleaseEvent as E,
-)
-from homespun.protocol.release_request import (
-    ReleaseRequest,
-)
+from homespun.protocol.release import ReleaseEvent as E
+from homespun.protocol.release_request import ReleaseRequest
 from homespun.protocol.round import RoundState
 from homespun.protocol.tasks import TaskSpec
 from homespun.protocol.views import MetricView
@@ -512,8 +509,8 @@ def test_a_rollback_is_a_higher_number_that_points_to_the_older_release(store):
     assert store.releases.get("a2").state == "rolled_back"
 
 
-def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
-    url = f"sqlite:///{tmp_path / 'old.db'}"
+def at_0002(url, rows):
+    """A database as an older version left it. `rows`: by table, column -> value of each."""
     config = alembic.config.Config()
     config.set_main_option(
         "script_location", str(Path(store_module.__file__).parent / "migrations")
@@ -522,20 +519,45 @@ def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, "0002")
-        connection.execute(text("INSERT INTO populations VALUES ('phones', 1)"))
-        connection.execute(text(f"INSERT INTO plans VALUES ('{PLAN}', 'plan', 1, x'7b7d', 1)"))
-        for number, state in enumerate(("superseded", "deployed"), start=1):
-            columns = (
-                "release_id, population, slot, version, state, sequence, plan_hash, checkpoint, margin, reason,"
-                " signed, created_at"
-            )
-            connection.execute(
-                text(
-                    f"INSERT INTO releases ({columns}) VALUES ('r{number}', 'phones', 'a', 'v{number}', '{state}',"
-                    f" {number}, '{PLAN}', '{FIRST}', 0, '', x'7b7d', 1)"
-                )
-            )
+        for table, each in rows:
+            names = ", ".join(each)
+            values = ", ".join(f":{name}" for name in each)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({values})"), each)
     engine.dispose()
+
+
+OLD = (
+    ("populations", {"name": "phones", "created_at": 1}),
+    (
+        "plans",
+        {"hash": PLAN, "name": "plan", "size_bytes": 1, "manifest": b"{}", "created_at": 1},
+    ),
+)
+
+
+def old_release(number, state):
+    return (
+        "releases",
+        {
+            "release_id": f"r{number}",
+            "population": "phones",
+            "slot": "a",
+            "version": f"v{number}",
+            "state": state,
+            "sequence": number,
+            "plan_hash": PLAN,
+            "checkpoint": FIRST,
+            "margin": 0,
+            "reason": "",
+            "signed": b"{}",
+            "created_at": 1,
+        },
+    )
+
+
+def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    at_0002(url, (*OLD, old_release(1, "superseded"), old_release(2, "deployed")))
     store = Store(url)
     second = store.releases.deployed("phones", "a")
     assert second is not None
@@ -543,4 +565,87 @@ def test_what_was_published_before_there_were_stages_stays_published(tmp_path):
     assert (second.request.checkpoint, second.request.stages) == (FIRST, ())
     assert store.releases.signed("phones", "a", for_all=True) == b"{}"
     assert [step.state for step in store.releases.steps("r1")] == ["superseded"]
+    store.close()
+
+
+def test_rounds_of_an_older_version_go_on(tmp_path):
+    """Every table that later versions rewrite holds rows that others refer to."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    zeros = dict.fromkeys(("num_shared", "num_masked", "num_agreed", "num_unmasked"), 0)
+    counts = dict.fromkeys(("num_assigned", "num_reported", "num_late"), 3) | {"reason": ""}
+    at_0002(
+        url,
+        (
+            *OLD,
+            (
+                "tasks",
+                {
+                    **{"task_id": "t1", "name": "train", "population": "phones"},
+                    **{"plan_hash": PLAN, "spec": encode(spec()).decode(), "state": "active"},
+                    **{"reason": "", "created_at": 1, "head": FIRST, "chain": CHAIN},
+                    **{"rounds_committed": 1, "failures": 0},
+                },
+            ),
+            *(
+                (
+                    "rounds",
+                    {
+                        **{"round_id": number, "task_id": "t1", "number": number, "attempt": 1},
+                        **{"state": state, "base": FIRST, "deadline_at": NOW + number, **counts},
+                    },
+                )
+                for number, state in ((1, "scrubbed"), (2, "running"))
+            ),
+            (
+                "groups",
+                {
+                    **{"group_id": 1, "round_id": 2, "number": 1, "state": "advertise_keys"},
+                    **{"deadline_at": NOW, "num_devices": 1, **zeros, "reason": ""},
+                },
+            ),
+            *(
+                (
+                    "assignments",
+                    {
+                        **{"assignment_id": ticket, "round_id": 2, "device_id": f"device-{ticket}"},
+                        "group_id": group,
+                    },
+                )
+                for ticket, group in (("free", None), ("bound", 1))
+            ),
+            *(
+                (
+                    "receipts",
+                    {"receipt_id": receipt_id(t), "round_id": n, "state": state, "reason": ""},
+                )
+                for t, n, state in (
+                    ("past", 1, "included"),
+                    ("free", 2, "expected"),
+                    ("bound", 2, "expected"),
+                )
+            ),
+            ("claims", {"round_id": 2, "device_id": "device-free", "expires_at": NOW}),
+            old_release(1, "deployed"),
+        ),
+    )
+    store = Store(url)
+    with store.database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+        indexes = connection.scalars(text("SELECT sql FROM sqlite_master WHERE type = 'index'"))
+        made = sorted(filter(None, indexes))
+    fresh = Store(f"sqlite:///{tmp_path / 'new.db'}")
+    with fresh.database.read() as connection:
+        indexes = connection.scalars(text("SELECT sql FROM sqlite_master WHERE type = 'index'"))
+        assert made == sorted(filter(None, indexes))
+    fresh.close()
+    first, second = store.rounds.summaries(NOW, "t1")
+    assert (first.num_assigned, first.num_carried, second.state) == (3, 0, "running")
+    expected = store.reports.expectation("bound", "device-bound")
+    assert (expected.group_id, expected.is_carried, expected.expires_at) == (1, False, NOW + 2)
+    assert expected.origin == 2
+    assert store.reports.expectation("free", "device-free").group_id is None
+    store.rates.tally(NOW + 10)  # of rounds before anybody noted who heard of their end: nothing
+    with store.database.read() as connection:
+        assert connection.execute(select(rates)).all() == []
     store.close()

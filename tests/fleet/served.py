@@ -110,7 +110,7 @@ class Serving(Device):
         chance = stream(0, "model", checkpoint, self.index).normal(0.0, model.spread)
         return float(np.clip(model.accuracy + own + chance, 0.0, 1.0))
 
-    def contribution(self, assigned: Assigned) -> Contribution:
+    def contribution(self, assigned: Assigned, staleness: int = 0) -> Contribution:
         codec = self.codec(assigned)
         rng = stream(assigned.seed, self.index)
         if codec.metrics == watched_names():
@@ -119,7 +119,7 @@ class Serving(Device):
             candidate, incumbent = (self.accuracy(c) for c in assigned.checkpoints[:2])
             values = self._paired(candidate, incumbent, codec.clip_norm)
         metrics = {name: values.get(name, MetricSum(0.0, 0.0)) for name in codec.metrics}
-        return codec.encode(np.zeros(0, np.float32), 10, metrics, rng)
+        return codec.encode(np.zeros(0, np.float32), 10, metrics, rng, staleness)
 
     def _watched(self) -> dict[str, MetricSum]:
         watch = self.watching

@@ -6,6 +6,7 @@ from math import sqrt
 
 import numpy as np
 import pytest
+from sqlalchemy import func, select
 
 from homespun.errors import BadSignature
 from homespun.learning.contribution import AUX_SCALE
@@ -13,7 +14,7 @@ from homespun.protocol.messages import Aggregation, Assigned, Carried, Receipt, 
 from homespun.protocol.tasks import GroupSpec
 from homespun.protocol.views import Event
 from homespun.secagg.messages import Terms
-from homespun.server.store.schema import assignments, receipts
+from homespun.server.store.schema import assignments, rates, receipts
 from homespun.tensors import tree as trees
 from tests.fleet.member import Member, plain_checkpoint, play
 
@@ -163,6 +164,44 @@ def test_a_failed_attempt_takes_its_stragglers_along(make_world):
     assert (summary.state, summary.num_reported) == ("scrubbed", 4)
     assert [member.staleness for member in members[1:]] == [0, 0, 0, 0]
     assert summary.checkpoint == plain_checkpoint(world, members[1:])
+
+
+def outcomes(world, task):
+    """Reports and losses that the next draw goes by, when every deadline so far has passed."""
+    world.pass_time(task.spec.deadline_s)
+    query = select(func.sum(rates.c.num_reported), func.sum(rates.c.num_lost))
+    with world.deployment.store.database.read() as connection:
+        return tuple(connection.execute(query.where(rates.c.task_id == task.task_id)).one())
+
+
+def test_a_straggler_counts_for_no_draw_unless_it_is_lost(make_world):
+    """It is no loss of its own round, and no report of the next, whose draw it was not in."""
+    world = make_world(10)
+    task = tolerant(world, max_staleness=2, deadline_s=100.0)
+    *first, slow = world.members(task)
+    play(world, first)
+    assert outcomes(world, task) == (4, 0)
+    *fresh, gone = next_round(world, task, 2, busy=[slow])
+    play(world, [slow, *fresh[:3]])
+    assert (states([slow]), world.rounds(task)[1].num_reported) == (["included"], 4)
+    assert outcomes(world, task) == pytest.approx((4 + 3, 0), abs=0.01)
+    assert states([fresh[3], gone]) == 2 * ["expected"]
+    *third, tired = next_round(world, task, 3, busy=[fresh[3], gone])
+    play(world, third)
+    tired.device.abort(tired.assigned)  # carried on, and lost
+    *fourth, last = next_round(world, task, 4, busy=[fresh[3], gone])
+    play(world, fourth)
+    assert states([fresh[3], last]) == 2 * ["late"]  # they hear of it; `gone` never asks again
+    assert outcomes(world, task) == pytest.approx((4 + 3 + 4 + 4, 2), abs=0.01)
+
+
+def test_the_cohort_of_an_attempt_that_failed_is_not_lost_yet(make_world):
+    world = make_world(8)
+    task = tolerant(world, deadline_s=100.0)
+    members = world.members(task)
+    world.pass_time(100.0)
+    assert world.rounds(task)[1].num_carried == len(members)
+    assert outcomes(world, task) == (0, 0)
 
 
 def test_a_device_that_takes_part_anew_has_no_second_place(make_world):

@@ -6,10 +6,20 @@ from collections import Counter
 
 from sqlalchemy import select
 
-from homespun.protocol.messages import Assigned, RetryWindow
-from homespun.protocol.pacing import BIN_S, MEETING_BINS
+from homespun.protocol.messages import (
+    Aggregation,
+    Assigned,
+    Bucket,
+    Criteria,
+    Mode,
+    Rejected,
+    RetryWindow,
+)
+from homespun.protocol.pacing import BIN_S, IDLE_DEMAND, MEETING_BINS
+from homespun.protocol.selection import FULL_S
 from homespun.protocol.views import TaskView
 from homespun.server.store.schema import rates
+from tests.fleet.device import POPULATION
 
 MEETING_S = MEETING_BINS * BIN_S
 
@@ -108,6 +118,55 @@ def test_a_task_that_was_away_does_not_starve_the_others(make_world):
     world.clock.advance(3600.0)
     late = world.create_task(name="late", pool_target=1000)
     assert claim_first(world, world.devices[20:], [early, late]) == {"early": 10, "late": 10}
+
+
+def create_async(world, **fields) -> TaskView:
+    return world.create_task(
+        aggregation=Aggregation.SECURE,
+        mode=Mode.ASYNC,
+        **{"name": "async", "goal": 3, "concurrency": 100, "max_staleness": 3, **fields},
+    )
+
+
+def test_an_async_task_has_its_share_and_no_more(make_world):
+    """Its devices have a place as soon as they claim one: that counts as their claim."""
+    world = make_world(30)
+    tasks = [create_async(world), world.create_task(name="b", share=2.0, pool_target=1000)]
+    assert claim_first(world, world.devices, tasks) == {"async": 10, "b": 20}
+
+
+def test_an_async_task_that_is_full_lets_the_others_go_first(make_world):
+    world = make_world(8)
+    full = create_async(world, concurrency=3, share=100.0)
+    other = world.create_task(name="other", pool_target=1000)
+    assert claim_first(world, world.devices[:4], [full, other]) == {"async": 3, "other": 1}
+    offers = world.devices[4].check_in().offers
+    assert offers[0].task_name == "async"  # it is far behind its share
+    assert isinstance(world.devices[4].claim(full, 1), Rejected)
+    assert claim_first(world, world.devices[5:7], [full, other]) == {"other": 2}
+    world.clock.advance(FULL_S)
+    assert world.devices[7].check_in().offers[0].task_name == "async"
+
+
+def demanded(world) -> float:
+    return world.deployment.board.standing(POPULATION).demand
+
+
+def test_an_async_task_wants_as_many_devices_as_it_has_places(make_world):
+    world = make_world(1)
+    create_async(world, concurrency=2000, selection_s=120.0)
+    assert 2000 / 2 <= demanded(world) <= 20 * 2000 / 2
+
+
+def test_devices_outside_a_bucket_do_not_count_as_check_ins(make_world):
+    world = make_world(1)
+    task = world.create_task(goal=200, retry=None)
+    whole = demanded(world)
+    world.operate(TaskView, "POST", f"/tasks/{task.task_id}/stop")
+    assert demanded(world) == IDLE_DEMAND
+    tenth = Criteria(requires=(), bucket=Bucket(salt="s", low=0.5, high=0.6))
+    world.create_task(goal=200, retry=None, criteria=tenth, name="tenth")
+    assert abs(demanded(world) / whole - 10) < 0.01
 
 
 def test_devices_that_are_no_longer_needed_hear_it_when_they_ask(make_world, aggregation):

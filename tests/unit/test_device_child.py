@@ -81,8 +81,8 @@ def test_training_that_is_stopped_again_and_again_gives_the_same_bytes(
     of, stops = job(device, LONG), [0]
     while (found := child.work_on(of, after_its_start(lambda: True))) is None:
         stops.append(num_steps(of))
+        assert stops[-1] > stops[-2]  # it went on where the one before it was
     assert len(stops) > 2
-    assert stops == sorted(set(stops))  # each went on where the one before it was
     assert stops[-1] < 3 * 60
     assert found == labour.work_on(of, never)
 

@@ -63,6 +63,8 @@ def test_a_script_that_is_none_is_refused(script: bytes):
 class Day:
     """A source that loses charging after 10 seconds, cannot tell from 20 on, and ends the recording at 30."""
 
+    script_start = None
+
     def __init__(self, clock: ManualClock, stop: Stop) -> None:
         self._clock, self._stop = clock, stop
 
@@ -107,7 +109,7 @@ def watch(
     source: Counting, clock: ManualClock, stop: Stop | None = None, *, unknown_is_met: bool = False
 ) -> Watch:
     policy = Policy(unknown_is_met=unknown_is_met)
-    return Watch(source, ("idle",), lambda: policy, clock, stop or Stop(), START + 100)
+    return Watch(source.read, ("idle",), lambda: policy, clock, stop or Stop(), START + 100)
 
 
 def test_work_stops_within_two_seconds_of_a_condition_ending():

@@ -325,6 +325,8 @@ def test_closing_leaves_the_bus(machine: Machine, tmp_path: Path):
 class Unplugged:
     """Real conditions of a machine that is unplugged in the middle of training."""
 
+    script_start = None
+
     def __init__(self, device: Device, machine: Machine, source: LinuxConditions) -> None:
         self._device, self._machine, self._source = device, machine, source
         self._measured, self.at = 0, 0.0

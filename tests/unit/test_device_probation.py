@@ -13,6 +13,7 @@ import pytest
 
 from homespun.clock import ManualClock
 from homespun.device import models as module
+from homespun.device.home import SERVING_FILE
 from homespun.device.models import CRASHED, Models
 from homespun.device.serving import PROBATION, Usage
 from homespun.errors import NotFound, StorageFailure
@@ -281,6 +282,6 @@ def test_a_fork_has_a_connection_of_its_own(updated: Models):
 
 def test_a_damaged_record_is_told(updated: Models):
     updated.close()
-    (updated._root / module.SERVING_FILE).write_bytes(b"damaged by the disk" * 100)
+    (updated._root / SERVING_FILE).write_bytes(b"damaged by the disk" * 100)
     with pytest.raises(StorageFailure, match="serving"):
         updated.predict("thank you")

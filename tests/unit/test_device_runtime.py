@@ -445,6 +445,8 @@ def test_a_device_in_use_does_not_check_in(device: Device, server: FakeServer):
 class Picked:
     """Conditions that end while the device trains, at its `at`-th look, and return after `for_s`."""
 
+    script_start = None
+
     def __init__(self, device: Device, at: int, for_s: float = 1e9) -> None:
         self._device, self._at, self._for_s = device, at, for_s
         self.ended_at: float | None = None

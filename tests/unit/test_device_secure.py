@@ -18,7 +18,8 @@ from homespun.device import secure
 from homespun.device.cleaning import left_over
 from homespun.device.home import write_atomically
 from homespun.device.models import open_models
-from homespun.device.runtime import REFUSE_FOR_S, REPORT_FOR_S
+from homespun.device.passage import REFUSE_FOR_S, REPORT_FOR_S
+from homespun.device.secure import Member
 from homespun.errors import StorageFailure, WrongStep
 from homespun.learning.contribution import Contribution
 from homespun.protocol.eligibility import Conditions, Policy
@@ -55,6 +56,7 @@ class Switch:
     """Conditions that the test turns on and off."""
 
     holds = True
+    script_start = None
 
     def read(self, now: float) -> Conditions:
         return dict.fromkeys(("idle", "charging", "unmetered"), self.holds)
@@ -109,8 +111,12 @@ def state_file(device: Device) -> Path:
     return device.home.work / device.runtime.session.session_id / "group.bin"
 
 
+def member_of(device: Device) -> Member:
+    return device.runtime._reporting._member(device.runtime._work)
+
+
 def stored(device: Device) -> secagg.DeviceState | None:
-    return device.runtime._member._load()
+    return member_of(device)._load()
 
 
 def check_sum(server: FakeServer, *reports: Contribution) -> None:
@@ -127,7 +133,7 @@ def check_sum(server: FakeServer, *reports: Contribution) -> None:
 def run_to_step(device: Device, step: str) -> None:
     """Until `step` is asked of the device and not answered yet."""
     for _ in range(30):
-        asked = device.runtime._asked
+        asked = device.runtime._reporting._asked
         if asked is not None and asked.__struct_config__.tag == step.replace("-", "_"):
             return
         device.step()
@@ -311,7 +317,7 @@ def test_the_state_is_sealed_and_goes_with_the_session(
     assert state_file(ready).stat().st_mode & 0o077 == 0
     for secret in (state.c_secret, state.s_secret, state.seed, b"secret", b"masked"):
         assert secret not in sealed
-    member = ready.runtime._member
+    member = member_of(ready)
     (elsewhere := tmp_path / "another-session").mkdir()
     shutil.copy(state_file(ready), elsewhere)
     moved = dataclasses.replace(member.work, directory=elsewhere)

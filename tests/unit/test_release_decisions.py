@@ -211,6 +211,9 @@ def test_the_evaluation_decides():
         found = judge_evaluation(gate, paired(values))
         case = replace(situation(S.EVALUATING), findings=(found,))
         assert due(case, 1000.0) == event
+    lenient = evaluation_gate(EvaluationSpec(margin=0.03, most=40), 0.05)
+    assert judge_evaluation(lenient, paired([-0.09] * 12)).verdict is Verdict.REJECT
+    assert judge_evaluation(lenient, paired([-0.001] * 39)).verdict is Verdict.PASS
     used_up = judge_evaluation(gate, paired([0.0] * 40))
     assert (used_up.verdict, used_up.is_worse) == (Verdict.REJECT, False)
 

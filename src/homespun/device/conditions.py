@@ -25,7 +25,13 @@ Value = bool | None | UnsetType
 
 
 class ConditionSource(Protocol):
-    """Every name of `CONDITIONS` to True, False, or None (the platform cannot tell)."""
+    """Every name of `CONDITIONS` to True, False, or None (the platform cannot tell).
+
+    `script_start`: Unix seconds from which the times of a script count; None: it measures.
+    """
+
+    @property
+    def script_start(self) -> float | None: ...
 
     def read(self, now: float) -> Conditions: ...
 
@@ -53,13 +59,12 @@ class ScriptedConditions:
     """A timeline from `start`: everything holds, except where a span says otherwise; later spans win."""
 
     def __init__(self, script: Sequence[Span], start: float) -> None:
-        self._script = tuple(script)
-        self._start = start
+        self.script, self.script_start = tuple(script), start
 
     def read(self, now: float) -> Conditions:
         values: dict[str, bool | None] = dict.fromkeys(CONDITIONS, True)
-        for span in self._script:
-            if span.covers(now - self._start):
+        for span in self.script:
+            if span.covers(now - self.script_start):
                 said = {name: getattr(span, name) for name in CONDITIONS}
                 values |= {name: value for name, value in said.items() if value is not UNSET}
         return values
@@ -90,14 +95,14 @@ class Watch:
 
     def __init__(
         self,
-        source: ConditionSource,
+        read: Callable[[float], Conditions],
         requires: tuple[str, ...],
         policy: Callable[[], Policy],
         clock: Clock,
         stop: Stop,
         until: float,
     ) -> None:
-        self._source, self._requires, self._policy = source, requires, policy
+        self._read, self._requires, self._policy = read, requires, policy
         self._clock, self._stop, self._until = clock, stop, until
         self._measured_at = float("-inf")
         self.reason = ""
@@ -117,5 +122,5 @@ class Watch:
         if 0 <= now - self._measured_at < RECHECK_S:
             return ""
         self._measured_at = now
-        unmet = unmet_conditions(self._requires, self._source.read(now), self._policy())
+        unmet = unmet_conditions(self._requires, self._read(now), self._policy())
         return "; ".join(refusal.text for refusal in unmet)

@@ -44,6 +44,8 @@ GRAPHICAL = ("x11", "wayland", "mir")
 class LinuxConditions:
     """Close it to leave the bus."""
 
+    script_start = None
+
     origins: Mapping[str, str] = {
         **PortableConditions.origins,
         "idle": "logind",

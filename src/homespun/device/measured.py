@@ -54,6 +54,8 @@ def measured(root: Path) -> Iterator[Measured]:
 class PortableConditions:
     """What psutil tells. Whether the device is idle and its network unmetered stays unknown."""
 
+    script_start = None
+
     origins: Mapping[str, str] = {
         **dict.fromkeys(("charging", "battery_ok", "cool", "memory_ok"), "psutil"),
         "storage_ok": "the file system",

@@ -1,59 +1,22 @@
-"""The device's policy: in device.json, changed by the person at any time, heeded by the running device at once.
+"""The device's policy: in device.json, changed by the person at any time, heeded by the running device at once
+(`device.current`).
 
 Nothing that comes from a server is ever merged into it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 
 import msgspec
 
-from homespun.clock import Clock
-from homespun.device.home import Home, Settings
+from homespun.device.home import Home
 from homespun.device.journal import Journal
-from homespun.errors import Conflict, HomespunError, InvalidConfig
+from homespun.errors import Conflict, InvalidConfig
 from homespun.protocol.eligibility import Policy
 
-log = logging.getLogger(__name__)
-LOOK_EVERY_S = 0.5
 _WORDS = {"yes": True, "no": False, "on": True, "off": False, "none": None}
-
-
-class CurrentPolicy:
-    """The policy as it is when asked: a look at the file's time. A file that cannot be read changes nothing."""
-
-    def __init__(self, home: Home, settings: Settings) -> None:
-        self._home, self._policy, self._heeded = home, settings.policy, settings.policy
-        self._seen: tuple[int, int, int] | None = None
-
-    def __call__(self) -> Policy:
-        with suppress(OSError):
-            found = self._home.settings_file.stat()
-            seen = (found.st_mtime_ns, found.st_ino, found.st_size)
-            if seen != self._seen:
-                self._seen = seen
-                self._read()
-        return self._policy
-
-    def take_change(self) -> bool:
-        """Whether it is another one than when this was asked last."""
-        before, self._heeded = self._heeded, self()
-        return before != self._heeded
-
-    def sleep(self, clock: Clock, seconds: float) -> None:
-        """Sleep so long, or until the policy changes."""
-        until = clock.now() + seconds
-        while self() == self._heeded and (left := until - clock.now()) > 0:
-            clock.sleep(min(left, LOOK_EVERY_S))
-
-    def _read(self) -> None:
-        try:
-            self._policy = self._home.settings().policy
-        except HomespunError as error:
-            log.warning("the policy stays as it was: %s", error.message)
 
 
 def policy_of(home: Home) -> Policy:
@@ -125,11 +88,10 @@ def in_words(policy: Policy) -> list[tuple[str, str, str]]:
         + ("met" if p.unknown_is_met else "not met"),
         "max_daily_participations": f"takes part at most {p.max_daily_participations} times in 24 hours",
         "max_daily_bytes": f"moves at most {p.max_daily_bytes / 1e6:g} MB in 24 hours",
+        "max_memory_bytes": f"gives a plan at most {p.max_memory_bytes / 1e6:g} MB of memory",
+        "max_cpu_share": f"gives a plan at most {p.max_cpu_share:.0%} of one processor core",
     }
-    return [
-        (name, _written(getattr(p, name)), meanings.get(name, ""))
-        for name in Policy.__struct_fields__
-    ]
+    return [(name, _written(getattr(p, name)), meanings[name]) for name in Policy.__struct_fields__]
 
 
 def _written(value: object) -> str:

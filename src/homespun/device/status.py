@@ -57,7 +57,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: of the session machine, or `stopped`; `verdict`: one sentence; `session_id`: names the files of the
-    session under way; `offered`: at the last check-in; times are Unix seconds, sizes bytes.
+    session under way; `script_start`: from when the times of a script of conditions count, if one is played; `offered`:
+    at the last check-in; times are Unix seconds, sizes bytes.
 
     Since the start: `num_pauses`, `num_resumes` of training, and `longest_stop_s` from noticing that a condition had
     ended until nothing ran any more. `peak_memory_bytes` is of this process, `peak_child_memory_bytes` of training.
@@ -66,7 +67,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     device_id: str
     population: str
     server: str
-    started_at: float = 0.0
     updated_at: float
     state: str
     verdict: str
@@ -76,6 +76,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     refusals: tuple[Reason, ...] = ()
     refusal_counts: dict[str, int] = {}
     conditions: Mapping[str, bool | None] = {}
+    script_start: float | None = None
     retry_at: float | None = None
     checked_in_at: float | None = None
     offered: tuple[Offered, ...] = ()
@@ -105,15 +106,15 @@ class Board:
         examples: ExampleStore,
         models: Models,
         judge: Judge,
-        started_at: float,
     ) -> None:
         self._home, self._settings = home, settings
         self._journal, self._examples, self._models = journal, examples, models
-        self._judge, self._started_at = judge, started_at
+        self._judge = judge
         self._reasons: tuple[Reason, ...] = ()
         self._counts: Counter[str] = Counter()
         self.verdict = "starting"
         self.conditions: Conditions = {}
+        self.script_start: float | None = None
         self.release_problems: tuple[str, ...] = ()
         self.num_sessions = self.num_pauses = self.num_resumes = 0
         self.longest_stop_s = 0.0
@@ -142,7 +143,6 @@ class Board:
             device_id=self._settings.device_id,
             population=self._settings.population,
             server=self._settings.server,
-            started_at=self._started_at,
             updated_at=now,
             state=state or str(session.state),
             verdict=self.verdict,
@@ -152,6 +152,7 @@ class Board:
             refusals=self._reasons,
             refusal_counts=dict(self._counts),
             conditions=self.conditions,
+            script_start=self.script_start,
             retry_at=retry_at if retry_at > now else None,
             checked_in_at=self._judge.checked_in_at,
             offered=self._judge.offered(now),

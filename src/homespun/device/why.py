@@ -117,7 +117,8 @@ def _source(
     """What the device asks, too. A script goes on where the running device is in it."""
     if settings.conditions is None:
         return measured(home.root)
-    start = now if running is None else running.started_at
+    start = running.script_start if running else None
+    start = now if start is None else start
     return nullcontext(ScriptedConditions(settings.conditions, start))
 
 

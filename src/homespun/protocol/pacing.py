@@ -10,7 +10,7 @@ Promises are not always kept, and some devices come without one (new ones, those
 not meet their conditions). `turnout`, check-ins per promise of the last hours, corrects for both.
 
 After Bonawitz et al. 2019, "Towards federated learning at scale: system design", section 2.3, which names the goals
-but not the way. A retry time is drawn once and kept; see `device.runtime` for where it is stored.
+but not the way. A retry time is drawn once and kept; see `device.passage` for where it is stored.
 """
 
 from __future__ import annotations

@@ -141,11 +141,15 @@ class Finding(Message, frozen=True, kw_only=True):
 
 
 def evaluation_gate(spec: EvaluationSpec, alpha: float) -> Gate:
-    """Is the candidate's mean on a device above the incumbent's, less the margin?"""
+    """Is the candidate's mean on a device above the incumbent's, less the margin?
+
+    REJECT: it is below the incumbent's, by however little, unless that is known to be within the margin.
+    """
     return Gate(
         -spec.clip,
         spec.clip,
         at_least=-spec.margin,
+        worthwhile=0.0,
         alpha=alpha,
         most=spec.most,
         step=1 / AUX_SCALE,

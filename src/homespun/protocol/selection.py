@@ -20,6 +20,8 @@ TURNS_S = 600.0
 """How far back claims are counted when tasks share a population."""
 DECIDES_S = 5.0
 """How long a device takes from an offer to its claim, about."""
+FULL_S = 30.0
+"""How long the other tasks come first after one had no place for a device."""
 CONFIDENCE = 0.99
 """With which a round is to reach its goal."""
 BELIEF = (3.0, 1.0)
@@ -62,17 +64,20 @@ class Turns:
 
     Claims count less and less with time, so a task that was away for long has no more than minutes to catch up with.
     An offer in first place counts as a claim for the seconds in which its device decides, or all devices that come
-    together would be sent to one task.
+    together would be sent to one task. A task without a place comes last for a while, however far behind it is.
     """
 
     def __init__(self) -> None:
-        self._served: dict[
-            str, tuple[float, float, float]
-        ] = {}  # claims, claims to come, time of both
+        self._full_until: dict[str, float] = {}
+        # claims, claims to come, time of both
+        self._served: dict[str, tuple[float, float, float]] = {}
 
     def order(self, shares: Iterable[tuple[str, float]], now: float) -> list[str]:
         """Tasks, those furthest behind first. `shares`: task and what share of the devices it is to have."""
-        behind = {task: sum(self._faded(task, now)) / share for task, share in shares}
+        behind = {
+            task: (now < self._full_until.get(task, 0.0), sum(self._faded(task, now)) / share)
+            for task, share in shares
+        }
         return sorted(behind, key=behind.__getitem__)
 
     def offer(self, task: str, now: float) -> None:
@@ -84,9 +89,15 @@ class Turns:
         claims, to_come = self._faded(task, now)
         self._served[task] = claims + 1, max(0.0, to_come - 1), now
 
+    def full(self, task: str, now: float) -> None:
+        """A device that claimed this task was turned away for want of a place."""
+        self._full_until[task] = now + FULL_S
+
     def keep(self, tasks: Collection[str]) -> None:
         """Forget all other tasks."""
-        self._served = {task: self._served[task] for task in self._served.keys() & set(tasks)}
+        wanted = set(tasks)
+        self._served = {task: self._served[task] for task in self._served.keys() & wanted}
+        self._full_until = {t: self._full_until[t] for t in self._full_until.keys() & wanted}
 
     def _faded(self, task: str, now: float) -> tuple[float, float]:
         claims, to_come, then = self._served.get(task, (0.0, 0.0, now))

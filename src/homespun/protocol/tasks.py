@@ -66,7 +66,8 @@ class TaskSpec(Message, frozen=True, kw_only=True):
     a round; `minimum`: fewest reports that are used at all; `over_selection`: devices drawn per report wanted
     (null: as few as reach the goal 99 times of 100, by what became of those drawn before); `max_over_selection`: bound
     of that; `pool_target`: waiting devices that end the window early (0: it always runs out); `selection_s`:
-    window in which devices gather before the draw; `deadline_s`: from the draw to the end of waiting;
+    window in which devices gather before the draw, async: in which free places are to be filled; `deadline_s`: from the
+    draw, async: from being let in, to the end of waiting;
     `retry`: when devices that were not drawn come back (null: steered by what the population's tasks need);
     `share`: of the devices, next to that of the population's other tasks; `aggregation`: plain only if the server may
     see single reports; `min_group`: fewest contributions that are ever decoded together; `groups`: of secure

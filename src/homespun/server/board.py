@@ -62,7 +62,7 @@ class Board:
         offers: dict[str, list[tuple[int, Offer]]] = {}
         num_wanted: dict[str, int] = {}
         for record in self._store.rounds.live(now):
-            num_wanted[record.task.task_id] = record.num_wanted
+            num_wanted[record.task.task_id] = _num_wanted(record)
             if record.view.is_admitting:
                 offers.setdefault(record.task.spec.population, []).append(self._offer(record))
         releases: dict[str, list[ReleaseNotice]] = {}
@@ -156,3 +156,11 @@ class Board:
             max_staleness=spec.max_staleness,
         )
         return manifest.format, offer
+
+
+def _num_wanted(record: RoundRecord) -> int:
+    """Devices that a round could use in its selection window; one that is async lets in as many as it has places."""
+    spec = record.task.spec
+    if spec.is_async:
+        return max(spec.goal, spec.concurrency - record.view.num_open)
+    return record.num_wanted

@@ -31,13 +31,18 @@ class Paces:
             self._paces[population].arrive(now)
 
     def demand(self, population: str, tasks: Collection[tuple[TaskSpec, int]]) -> float:
-        """Check-ins per bin that these tasks need. `tasks`: with the number of devices that are drawn for each."""
+        """Check-ins per bin that these tasks need. `tasks`: with the number of devices that each wants.
+
+        Only check-ins of the devices in a task's bucket can lead to a claim.
+        """
         with self._lock:
             claims = self._paces[population].claims
-        return sum(
-            demand(max(spec.pool_target, num_wanted), spec.selection_s, *claims)
-            for spec, num_wanted in tasks
-        )
+        total = 0.0
+        for spec, num_wanted in tasks:
+            bucket = spec.criteria.bucket
+            share = 1.0 if bucket is None else bucket.high - bucket.low
+            total += demand(max(spec.pool_target, num_wanted), spec.selection_s, *claims) / share
+        return total
 
     def window(
         self, population: str, wanted: float, now: float, *, may_claim: bool = False
@@ -57,7 +62,8 @@ class Paces:
             return ()
         by_task = {offer.task_id: offer for offer in offers}
         with self._lock:
-            order = self._turns.order([(task, shares[task]) for task in by_task], now)
+            # A task that was stopped this moment has no share any more.
+            order = self._turns.order([(task, shares.get(task, 1.0)) for task in by_task], now)
             self._turns.offer(order[0], now)
             self._paces[population].offer()
         return tuple(by_task[task] for task in order)
@@ -67,6 +73,11 @@ class Paces:
         with self._lock:
             self._paces[population].claim()
             self._turns.claim(task_id, now)
+
+    def full(self, task_id: str, now: float) -> None:
+        """A device that claimed a place in this task's round found none."""
+        with self._lock:
+            self._turns.full(task_id, now)
 
     def keep(self, task_ids: Collection[str]) -> None:
         """Forget the turns of all other tasks."""

@@ -30,8 +30,8 @@ def run(
     import logging
 
     from homespun.clock import SystemClock
-    from homespun.device.conditions import ScriptedConditions
     from homespun.device.connection import Connection, http_client
+    from homespun.device.current import CurrentScript
     from homespun.device.home import Home
     from homespun.device.identity import Identity
     from homespun.device.measured import measured
@@ -50,7 +50,7 @@ def run(
     conditions = (
         measured(home.root)
         if settings.conditions is None
-        else nullcontext(ScriptedConditions(settings.conditions, clock.now()))
+        else nullcontext(CurrentScript(home, settings, clock.now()))
     )
     with http_client(settings.server) as client, conditions as source:
         connection = Connection(client, identity, clock, stop)

@@ -55,6 +55,7 @@ from homespun.server.store.records import (
     Expectation,
     Gathered,
     TaskRecord,
+    TurnedAway,
 )
 from homespun.server.store.reports import receipt_id
 from homespun.tensors.codec import digest
@@ -165,8 +166,10 @@ class DeviceApi:
         else:
             answer = claims.claim(*place, now, now + 2 * wait_s + CLAIM_GRACE_S)
         due = isinstance(answer, Gathered) and answer.due
-        if isinstance(answer, Gathered) and answer.is_new:
+        if isinstance(answer, Gathered | Drawn) and answer.is_new:
             self._home.paces.claim(task.spec.population, task.task_id, now)
+        if isinstance(answer, TurnedAway) and answer.reason == "full":
+            self._home.paces.full(task.task_id, now)
         return self._claim_reply(task, message, answer), due
 
     def _claim_reply(self, task: TaskRecord, message: Claim, answer: ClaimAnswer) -> ClaimReply:

@@ -148,7 +148,7 @@ def carry(connection: Connection, row: Row[Any], spec: TaskSpec, target_id: int)
         connection.execute(
             update(receipts)
             .where(receipts.c.receipt_id.in_([receipt_id(ticket) for ticket in tickets]))
-            .values(round_id=target_id)
+            .values(round_id=target_id, is_carried=True)
         )
     connection.execute(
         update(rounds).where(rounds.c.round_id == target_id).values(num_carried=len(moving))

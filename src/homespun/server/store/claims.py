@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -57,7 +58,7 @@ class Claims:
             waiting = num_waiting(connection, row.round_id, now)
             over = now >= row.select_at
             if over and is_new and waiting == 1:  # those that meet now are all to have a chance
-                over = False
+                over = spec.selection_s == 0
                 connection.execute(
                     update(rounds)
                     .where(rounds.c.round_id == row.round_id)
@@ -133,4 +134,4 @@ def _admit(
     )
     given = _answer(connection, row, device_id)
     assert isinstance(given, Drawn)
-    return given
+    return replace(given, is_new=True)

@@ -2,6 +2,8 @@
 
 Counts only, faded. A device that still worked when its round had its goal is neither a report nor a loss, as long as it
 hears of it: devices ask while they train, and send what they made. Who has not been heard of by the deadline is lost.
+Neither is a straggler that is carried on, whose report says nothing about how many come in time; it is a loss of the
+round in which it is lost.
 """
 
 from __future__ import annotations
@@ -43,17 +45,20 @@ class Rates:
 
 
 def tally(connection: Connection, row: Row[Any], now: float) -> None:
-    """Count what became of a round's cohort, once. `row`: of `rounds`; before its receipts are made void."""
+    """Count what became of a round's cohort, once. `row`: of `rounds`.
+
+    After who is carried on has left it, before the receipts of the others are made void.
+    """
     query = (
-        select(receipts.c.state, receipts.c.has_heard, func.count())
+        select(receipts.c.state, receipts.c.has_heard, receipts.c.is_carried, func.count())
         .where(receipts.c.round_id == row.round_id)
-        .group_by(receipts.c.state, receipts.c.has_heard)
+        .group_by(receipts.c.state, receipts.c.has_heard, receipts.c.is_carried)
     )
     reported = lost = 0
     had_time = row.closed_at is not None and row.closed_at < row.deadline_at
-    for state, has_heard, count in connection.execute(query):
+    for state, has_heard, is_carried, count in connection.execute(query):
         if state in _GOOD:
-            reported += count
+            reported += 0 if is_carried else count
         elif not (state == ReportState.LATE and has_heard and had_time):
             lost += count
     mine = (rates.c.task_id == row.task_id) & (rates.c.hour == _hour(row.selected_at))

@@ -139,11 +139,12 @@ class GroupChange:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A device is in the cohort: its ticket, and what it starts from until when."""
+    """A device is in the cohort: its ticket, what it starts from until when; `is_new`: it was let in just now."""
 
     assignment_id: str
     base: Hash
     expires_at: float
+    is_new: bool = False
 
 
 @dataclass(frozen=True)

@@ -214,12 +214,12 @@ class Rounds:
         """-> ABANDONED: receipts are void; a new attempt is planned, or the task halted."""
         with self._database.write() as connection:
             row = _moved(connection, round_id, RoundEvent.ABANDON)
-            if row.deadline_at is not None:
-                tally(connection, row, now)
             failures = row.task_failures + 1
             task: dict[str, object] = {"failures": failures}
             if failures < MAX_FAILURES:
                 _follow(connection, row, row.number, row.attempt + 1, row.task_head, now)
+            if row.deadline_at is not None:
+                tally(connection, row, now)
             end_round(connection, round_id, RoundState.ABANDONED, reason)
             _event(connection, row, "round.abandoned", now, reason)
             if failures >= MAX_FAILURES:

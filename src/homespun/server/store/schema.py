@@ -158,7 +158,13 @@ rounds = Table(
     Column("num_wanted", Integer, comment="Devices to draw, from the measured drop-out."),
     Column("num_assigned", Integer, nullable=False, comment="Size of the cohort."),
     Column("num_reported", Integer, nullable=False, comment="Contributions in the sum."),
-    Column("num_carried", Integer, nullable=False, comment="Of earlier rounds, that may join."),
+    Column(
+        "num_carried",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="Of earlier rounds, that may join.",
+    ),
     Column("num_late", Integer, nullable=False, comment="Assigned but not in when the fence fell."),
     Column("sum_snapshot", HASH, comment="Running sum of the reports; private blob. Server only."),
     Column("checkpoint", HASH, comment="What it made; null for evaluation."),
@@ -244,6 +250,13 @@ receipts = Table(
         nullable=False,
         server_default=false(),
         comment="Whether its device was told that it is late.",
+    ),
+    Column(
+        "is_carried",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether it was expected in an earlier round first.",
     ),
     comment="What became of every report, kept against replay. Who knows the assignment id.",
 )

@@ -29,14 +29,15 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["task_id"], ["tasks.task_id"], name=op.f("fk_rates_task_id")),
         sa.PrimaryKeyConstraint("task_id", "hour", name=op.f("pk_rates")),
     )
-    with op.batch_alter_table("rounds") as rounds:
-        rounds.add_column(sa.Column("num_wanted", sa.Integer(), nullable=True))
-        rounds.add_column(
-            sa.Column("is_tallied", sa.Boolean(), nullable=False, server_default=sa.false())
-        )
+    # In place, not in a batch: SQLite does not let go of a table that others refer to.
+    op.add_column("rounds", sa.Column("num_wanted", sa.Integer(), nullable=True))
+    op.add_column(
+        "rounds",
+        sa.Column("is_tallied", sa.Boolean(), nullable=False, server_default=sa.false()),
+    )
     # Nobody noted who heard of the end of these.
     op.execute("UPDATE rounds SET is_tallied = true WHERE state IN ('committed', 'scrubbed')")
-    with op.batch_alter_table("receipts") as receipts:
-        receipts.add_column(
-            sa.Column("has_heard", sa.Boolean(), nullable=False, server_default=sa.false())
-        )
+    op.add_column(
+        "receipts",
+        sa.Column("has_heard", sa.Boolean(), nullable=False, server_default=sa.false()),
+    )

@@ -10,10 +10,13 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("rounds") as rounds:
-        rounds.add_column(
-            sa.Column("num_carried", sa.Integer(), nullable=False, server_default="0")
-        )
+    op.add_column(
+        "rounds", sa.Column("num_carried", sa.Integer(), nullable=False, server_default="0")
+    )
+    op.add_column(
+        "receipts",
+        sa.Column("is_carried", sa.Boolean(), nullable=False, server_default=sa.false()),
+    )
     with op.batch_alter_table("assignments") as assignments:
         assignments.add_column(sa.Column("origin_id", sa.Integer(), nullable=True))
         assignments.add_column(sa.Column("expires_at", sa.Float(), nullable=True))
@@ -26,8 +29,4 @@ def upgrade() -> None:
         assignments.alter_column("expires_at", existing_type=sa.Float(), nullable=False)
         assignments.create_foreign_key(
             op.f("fk_assignments_origin_id"), "rounds", ["origin_id"], ["round_id"]
-        )
-    with op.batch_alter_table("rounds") as rounds:
-        rounds.alter_column(
-            "num_carried", existing_type=sa.Integer(), nullable=False, server_default=None
         )
