@@ -1,8 +1,8 @@
 """What do stragglers cost, and what does it bring to let them join later, or not to wait for rounds at all?
 
-An event simulation through the functions that decide on the server (`protocol.round.due`, `may_carry`), with real
-contributions (`learning`), of a task with a goal of 20 and 26 devices at work. Training takes 60 s in the median; the
-slow tail is heavy (log-normal, sigma 1: one device in a hundred takes ten times as long). The problem is a linear
+An event simulation through the functions that decide on the server (`protocol.round.due`, `may_carry`,
+`protocol.selection.beside`), with real contributions (`learning`), of a task with a goal of 20 and cohorts of 26, or
+26 devices at work. Training takes 60 s in the median; the slow tail is heavy (log-normal, sigma 1: one device in a hundred takes ten times as long). The problem is a linear
 regression in which every device's data lie elsewhere, the slow ones' too: who never waits for them never hears them.
 
 Sides: `rounds` (the fence falls, stragglers are late), `stragglers` (rounds, `max_staleness` 4), `async` (26 at once,
@@ -32,6 +32,7 @@ from homespun.protocol.round import (
     due,
     may_carry,
 )
+from homespun.protocol.selection import beside
 from homespun.rng import stream
 from homespun.types import FloatArray
 
@@ -101,7 +102,6 @@ class Task:
             state=RoundState.RUNNING,
             goal=GOAL,
             minimum=GOAL,
-            over_selection=OVER_SELECTION,
             pool_target=0,
             select_at=0.0,
             deadline_at=float("inf"),
@@ -129,10 +129,11 @@ class Task:
         self.at_work = [each for each in self.at_work if self._may_join(each)]
         self.buffer = [each for each in self.buffer if self._may_join(each)]
         heapq.heapify(self.at_work)
+        num_carried = len(self.at_work) + len(self.buffer)
         if self.side.is_async:
-            self._admit(self._size - len(self.at_work) - len(self.buffer))
+            self._admit(self._size - num_carried)
         else:
-            self._admit(self._size)
+            self._admit(beside(self._size, num_carried))
 
     def _may_join(self, training: Training) -> bool:
         return may_carry(training.origin, self.number, self.side.max_staleness)

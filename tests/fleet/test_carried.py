@@ -176,23 +176,35 @@ def outcomes(world, task):
 
 def test_a_straggler_counts_for_no_draw_unless_it_is_lost(make_world):
     """It is no loss of its own round, and no report of the next, whose draw it was not in."""
-    world = make_world(10)
-    task = tolerant(world, max_staleness=2, deadline_s=100.0)
-    *first, slow = world.members(task)
+    world = make_world(14)
+    task = tolerant(world, max_staleness=2, deadline_s=100.0, over_selection=1.75)
+    *first, slow, slower, gone = world.members(task)
     play(world, first)
     assert outcomes(world, task) == (4, 0)
-    *fresh, gone = next_round(world, task, 2, busy=[slow])
+    fresh = next_round(world, task, 2, busy=[slow, slower, gone])
     play(world, [slow, *fresh[:3]])
     assert (states([slow]), world.rounds(task)[1].num_reported) == (["included"], 4)
     assert outcomes(world, task) == pytest.approx((4 + 3, 0), abs=0.01)
-    assert states([fresh[3], gone]) == 2 * ["expected"]
-    *third, tired = next_round(world, task, 3, busy=[fresh[3], gone])
-    play(world, third)
+    assert states([fresh[3], slower]) == 2 * ["expected"]
+    *third, tired = next_round(world, task, 3, busy=[fresh[3], slower, gone])
+    play(world, [slower, *third])
     tired.device.abort(tired.assigned)  # carried on, and lost
     *fourth, last = next_round(world, task, 4, busy=[fresh[3], gone])
     play(world, fourth)
     assert states([fresh[3], last]) == 2 * ["late"]  # they hear of it; `gone` never asks again
-    assert outcomes(world, task) == pytest.approx((4 + 3 + 4 + 4, 2), abs=0.01)
+    assert outcomes(world, task) == pytest.approx((4 + 3 + 3 + 4, 2), abs=0.01)
+
+
+def test_who_is_carried_takes_places_of_the_draw_but_at_most_half(make_world):
+    world = make_world(12)
+    task = tolerant(world, over_selection=1.5)
+    *first, slow, slower = world.members(task)
+    play(world, first)
+    assert len(next_round(world, task, 2, busy=[slow, slower])) == 6 - 2
+    many = tolerant(world, over_selection=2.5, name="many")
+    cohort = world.members(many)
+    play(world, cohort[:4])
+    assert len(next_round(world, many, 2, busy=cohort[4:])) == 10 / 2
 
 
 def test_the_cohort_of_an_attempt_that_failed_is_not_lost_yet(make_world):
@@ -210,7 +222,7 @@ def test_a_device_that_takes_part_anew_has_no_second_place(make_world):
     task = tolerant(world)
     *first, slow = world.members(task)
     play(world, first)
-    again = next_round(world, task, 2)
+    again = next_round(world, task, 2, busy=first[:1])
     assert slow.device.index in {member.device.index for member in again}
     assert slow.ask().receipt == Receipt(
         assignment_id=slow.assigned.assignment_id,

@@ -142,6 +142,14 @@ def cohort_for(goal: int, reported: float, lost: float, *, limit: int) -> int:
     return low
 
 
+def beside(size: int, num_carried: int) -> int:
+    """Devices to draw, of a cohort of `size`, beside those that were carried into the round.
+
+    They are at work for it already and take places of the draw; at most half of them, for they may be gone for good.
+    """
+    return max(size - num_carried, (size + 1) // 2)
+
+
 def _fewer_than(goal: int, size: int, alpha: float, beta: float) -> float:
     """P(X < goal) of X ~ beta-binomial(size, alpha, beta), by the ratios of neighbouring terms."""
     k = np.arange(min(goal, size + 1) - 1, dtype=np.float64)

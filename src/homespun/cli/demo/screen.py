@@ -21,7 +21,7 @@ from homespun.protocol.release import ReleaseState
 from homespun.protocol.views import ReleaseStep, ReleaseView, RoundSummary
 from homespun.types import Hash
 
-QUIET = (ReleaseState.TRAINED, ReleaseState.CHECKED, ReleaseState.PASSED, ReleaseState.ROLLING_BACK)
+QUIET = (ReleaseState.TRAINED, ReleaseState.CHECKED, ReleaseState.EVALUATING)
 """Steps that the next one says, too."""
 ROWS = (("released model", 0), ("initial model", 1), ("commonest words", 2))
 
@@ -141,7 +141,10 @@ class Screen:
             if step.state is ReleaseState.CANARY
             else ""
         )
-        self.say("", f"{step.state}{share}" + (f": {step.reason}" if step.reason else ""))
+        self.say(
+            "",
+            f"{step.state.replace('_', ' ')}{share}" + (f": {step.reason}" if step.reason else ""),
+        )
         for found in step.findings:
             self.say("", f"    {describe_finding(found)}, {describe_devices(found)}")
 

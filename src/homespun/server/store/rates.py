@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from homespun.protocol.messages import ReportState
 from homespun.protocol.round import RoundState
-from homespun.protocol.selection import cohort_for, evidence, faded
+from homespun.protocol.selection import beside, cohort_for, evidence, faded
 from homespun.protocol.tasks import TaskSpec
 from homespun.server.store.database import Database
 from homespun.server.store.schema import rates, receipts, rounds
@@ -89,17 +89,19 @@ def tally(connection: Connection, row: Row[Any], now: float) -> None:
     )
 
 
-def num_wanted(connection: Connection, task_id: str, spec: TaskSpec, now: float) -> int:
-    """Devices to draw for a round of this task that opens now."""
+def num_wanted(
+    connection: Connection, task_id: str, spec: TaskSpec, num_carried: int, now: float
+) -> int:
+    """Devices to draw for a round of this task that opens now, with so many carried into it."""
     if spec.over_selection is not None:
-        return spec.cohort_size
+        return beside(spec.cohort_size, num_carried)
     rows = connection.execute(select(rates).where(rates.c.task_id == task_id))
     by_hour = {
         row.hour: (faded(row.num_reported, now - row.at), faded(row.num_lost, now - row.at))
         for row in rows
     }
     seen = evidence(by_hour, now % 86_400.0 / 3600.0)
-    return cohort_for(spec.goal, *seen, limit=spec.cohort_size)
+    return beside(cohort_for(spec.goal, *seen, limit=spec.cohort_size), num_carried)
 
 
 def _hour(at: float) -> int:

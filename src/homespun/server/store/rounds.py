@@ -108,7 +108,7 @@ class Rounds:
                 round_id,
                 opened_at=now,
                 select_at=now + spec.selection_s,
-                num_wanted=num_wanted(connection, row.task_id, spec, now),
+                num_wanted=num_wanted(connection, row.task_id, spec, row.num_carried, now),
             )
             _event(connection, row, "round.opened", now)
 
