@@ -580,18 +580,32 @@ def test_rounds_of_an_older_version_go_on(tmp_path):
             (
                 "tasks",
                 {
-                    **{"task_id": "t1", "name": "train", "population": "phones"},
-                    **{"plan_hash": PLAN, "spec": encode(spec()).decode(), "state": "active"},
-                    **{"reason": "", "created_at": 1, "head": FIRST, "chain": CHAIN},
-                    **{"rounds_committed": 1, "failures": 0},
+                    "task_id": "t1",
+                    "name": "train",
+                    "population": "phones",
+                    "plan_hash": PLAN,
+                    "spec": encode(spec()).decode(),
+                    "state": "active",
+                    "reason": "",
+                    "created_at": 1,
+                    "head": FIRST,
+                    "chain": CHAIN,
+                    "rounds_committed": 1,
+                    "failures": 0,
                 },
             ),
             *(
                 (
                     "rounds",
                     {
-                        **{"round_id": number, "task_id": "t1", "number": number, "attempt": 1},
-                        **{"state": state, "base": FIRST, "deadline_at": NOW + number, **counts},
+                        "round_id": number,
+                        "task_id": "t1",
+                        "number": number,
+                        "attempt": 1,
+                        "state": state,
+                        "base": FIRST,
+                        "deadline_at": NOW + number,
+                        **counts,
                     },
                 )
                 for number, state in ((1, "scrubbed"), (2, "running"))
@@ -599,15 +613,23 @@ def test_rounds_of_an_older_version_go_on(tmp_path):
             (
                 "groups",
                 {
-                    **{"group_id": 1, "round_id": 2, "number": 1, "state": "advertise_keys"},
-                    **{"deadline_at": NOW, "num_devices": 1, **zeros, "reason": ""},
+                    "group_id": 1,
+                    "round_id": 2,
+                    "number": 1,
+                    "state": "advertise_keys",
+                    "deadline_at": NOW,
+                    "num_devices": 1,
+                    **zeros,
+                    "reason": "",
                 },
             ),
             *(
                 (
                     "assignments",
                     {
-                        **{"assignment_id": ticket, "round_id": 2, "device_id": f"device-{ticket}"},
+                        "assignment_id": ticket,
+                        "round_id": 2,
+                        "device_id": f"device-{ticket}",
                         "group_id": group,
                     },
                 )
