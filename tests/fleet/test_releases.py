@@ -305,6 +305,55 @@ def test_a_held_release_is_taken_back(shipped):
     )  # it was never published, so nothing had to be taken back
 
 
+@pytest.mark.parametrize("verb", ["hold", "roll-back"])
+def test_a_watch_that_runs_meanwhile_is_cancelled_and_counts_for_nothing(
+    shipped, aggregation, verb
+):
+    """Its devices hear that nobody waits for them; what some had reported is forgotten."""
+    world, plan, (_, better, *_), devices = shipped
+    release = world.release(plan, better, "2", **terms(aggregation))
+    follow(world, devices, release, {"canary"})
+    fetch(world, devices)
+    (watch,) = (t for t in world.operate(list[TaskView], "GET", "/tasks") if t.spec.watch)
+    pool = [device for device in devices if device.may_join(watch)]
+    for device in pool:
+        device.watching = watch.spec.watch
+    cohort = world.gather(watch, 1, devices=pool)
+    assert len(cohort) == 10
+    if aggregation is Aggregation.PLAIN:
+        world.report(watch, cohort[:9])  # one is missing
+        assert world.rounds(watch)[0].num_reported == 9
+    view = operate(world, release, verb)
+    assert (view.state, active_tasks(world)) == ("held" if verb == "hold" else "rolled_back", [])
+    assert [summary.state for summary in world.rounds(watch)] == ["cancelled"]
+    for device, assigned in cohort:
+        receipt = device.receipt(assigned)
+        assert (receipt.state, receipt.reason) == ("void", "the task was stopped")
+    assert all(found.reported.num_devices == 0 for found in view.findings)
+    fetch(world, devices)
+    if verb == "roll-back":
+        assert serving(devices) == {"1"}
+        return
+    assert serving(devices) == {"1", "2"}
+    assert operate(world, release, "resume").state == "canary"
+    assert follow(world, devices, release, {"deployed"}).state == "deployed"
+    assert serving(devices) == {"2"}
+
+
+def test_a_release_draws_as_many_as_it_takes(shipped):
+    """Its tasks need not say how many are drawn for a report: that is measured, as for any other task."""
+    world, plan, (_, better, *_), devices = shipped
+    asked = msgspec.structs.replace(reports(10, Aggregation.SECURE), over_selection=None)
+    fields = terms() | {"evaluation": EvaluationSpec(reports=asked)}
+    release = world.release(plan, better, "2", **fields)
+    (task,) = (t for t in world.operate(list[TaskView], "GET", "/tasks") if t.state == "active")
+    assert task.spec.over_selection is None
+    assert take_part(world, devices)
+    assert world.rounds(task)[0].num_assigned == 20  # as long as nothing is known
+    assert world.rounds(task)[0].num_reported == 10
+    assert follow(world, devices, release, {"canary"}).state == "canary"
+
+
 def test_the_first_release_has_nothing_to_go_back_to(shipped):
     world, plan, (_, better, *_), devices = shipped
     (first,) = world.operate(list[ReleaseView], "GET", "/releases")

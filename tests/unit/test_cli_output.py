@@ -4,9 +4,15 @@ import os
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from homespun.cli.output import percent, size
+from homespun.cli.tasks import print_rounds
+from homespun.learning.metrics import watched_names
+from homespun.protocol.messages import TaskKind
+from homespun.protocol.round import RoundState
+from homespun.protocol.views import MetricView, RoundSummary
 
 
 def homespun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +31,35 @@ def test_sizes_are_for_people(value: float, shown: str):
 def test_a_missing_share_is_a_dash():
     assert percent(None) == "-"
     assert percent(0.148) == "14.8 %"
+
+
+def test_rounds_of_every_kind_fit_one_table(capsys, monkeypatch):
+    monkeypatch.setattr("homespun.cli.output.out.width", 300)
+    train = RoundSummary(
+        task_id="t",
+        task_name="train",
+        kind=TaskKind.TRAIN,
+        round_number=2,
+        attempt=1,
+        state=RoundState.SCRUBBED,
+        num_assigned=5,
+        num_carried=1,
+        num_reported=4,
+        metrics={"loss": MetricView(sum=1.0, count=2.0)},
+    )
+    watch = msgspec.structs.replace(
+        train,
+        task_name="watch",
+        kind=TaskKind.EVALUATE,
+        num_carried=0,
+        metrics={name: MetricView(sum=0.5, count=10.0) for name in watched_names()},
+    )
+    print_rounds([train, watch])
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "4/5+1" in first
+    assert "loss 0.500" in first
+    assert "4/5 " in second
+    assert "stage.primary 5.0 %, stage.latency 50.0 ms, stage.failed 5.0 %, control" in second
 
 
 def test_no_command_shows_the_help_and_fails():

@@ -117,7 +117,11 @@ def print_rounds(rounds: list[RoundSummary]) -> None:
             f"{view.round_number}.{view.attempt}",
             view.state,
             f"{view.num_reported}/{view.num_assigned}" + stragglers(view, "+{}"),
-            ", ".join(f"{name} {metric(view, name)}" for name in view.metrics),
+            ", ".join(
+                f"{name} {metric(view, name)}"
+                for name in view.metrics
+                if not name.endswith("_squared")  # for the gates, not for people
+            ),
             view.reason or (view.checkpoint or "")[:12],
         )
         for view in rounds
@@ -156,9 +160,11 @@ def summed(view: RoundSummary) -> str:
 
 
 def metric(view: RoundSummary, name: str) -> str:
-    """One metric of a round: a loss as a number, a rate as a percentage."""
+    """One metric of a round: a loss as a number, a latency in milliseconds, a rate as a percentage."""
     mean = share(view, name)
-    return f"{mean:.3f}" if mean is not None and name.endswith("loss") else percent(mean)
+    if mean is None or not name.endswith(("loss", "latency")):
+        return percent(mean)
+    return f"{mean:.3f}" if name.endswith("loss") else f"{1000 * mean:.1f} ms"
 
 
 def share(view: RoundSummary, name: str) -> float | None:
