@@ -150,7 +150,7 @@ def test_what_the_work_raises_arrives_with_all_it_says(device: Device):
 def test_a_device_without_examples_and_one_without_a_plan(device: Device):
     of = job(device)
     with pytest.raises(InvalidInput, match="no rows"):
-        child.work_on(msgspec.structs.replace(of, query=ExampleQuery(max_age_s=0.0)), never)
+        child.work_on(msgspec.structs.replace(of, query=ExampleQuery(collection="nothing")), never)
     with pytest.raises(PlanError, match="cannot be read"):
         child.work_on(msgspec.structs.replace(of, session_id="another"), never)
 
