@@ -2,8 +2,9 @@
 
 An event simulation through the functions that decide on the server (`protocol.round.due`, `may_carry`,
 `protocol.selection.beside`), with real contributions (`learning`), of a task with a goal of 20 and cohorts of 26, or
-26 devices at work. Training takes 60 s in the median; the slow tail is heavy (log-normal, sigma 1: one device in a hundred takes ten times as long). The problem is a linear
-regression in which every device's data lie elsewhere, the slow ones' too: who never waits for them never hears them.
+26 devices at work. Training takes 60 s in the median; the slow tail is heavy (log-normal, sigma 1: one device in a
+hundred takes ten times as long). The problem is a linear regression in which every device's data lie elsewhere, the
+slow ones' too: who never waits for them never hears them.
 
 Sides: `rounds` (the fence falls, stragglers are late), `stragglers` (rounds, `max_staleness` 4), `async` (26 at once,
 updates of 20, `max_staleness` 20). An update takes 10 s to be opened. Rows: virtual seconds until 2,000 reports are

@@ -120,7 +120,7 @@ def test_a_task_that_was_away_does_not_starve_the_others(make_world):
     assert claim_first(world, world.devices[20:], [early, late]) == {"early": 10, "late": 10}
 
 
-def create_async(world, **fields) -> TaskView:
+def create_async(world, **fields):
     return world.create_task(
         aggregation=Aggregation.SECURE,
         mode=Mode.ASYNC,
@@ -148,7 +148,7 @@ def test_an_async_task_that_is_full_lets_the_others_go_first(make_world):
     assert world.devices[7].check_in().offers[0].task_name == "async"
 
 
-def demanded(world) -> float:
+def demanded(world):
     return world.deployment.board.standing(POPULATION).demand
 
 

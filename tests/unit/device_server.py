@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from homespun import zoo
 from homespun.clock import ManualClock
-from homespun.device.child import Labour
+from homespun.device.child import Labour, try_model
 from homespun.device.conditions import ConditionSource, ScriptedConditions, Span
 from homespun.device.connection import Connection
 from homespun.device.examples import open_examples
@@ -563,6 +563,11 @@ def images(count: int) -> list[dict[str, Any]]:
         pixels[2 * label : 2 * label + 4] += 100
         found.append({"pixels": pixels.tobytes(), "label": label})
     return found
+
+
+def try_here(directory: Path) -> bool:
+    """Try a release in this process."""
+    return try_model(directory, labour=work_on)
 
 
 class Device:

@@ -20,7 +20,7 @@ from homespun.learning.contribution import AUX_SCALE, Contribution
 from homespun.protocol.messages import Carried
 from homespun.protocol.session import SessionState as S
 from tests.unit.device_server import Device, FakeServer
-from tests.unit.test_device_runtime import OWN_FILES, status
+from tests.unit.test_device_runtime import OWN_FILES, Picked, status
 from tests.unit.test_device_secure import STEPS, Killed, check_sum, group, once, report, sent
 
 FIRST, SECOND, THIRD = "b" * 64, "c" * 64, "d" * 64
@@ -132,6 +132,44 @@ def test_an_update_is_kept_only_where_it_may_be_needed(tmp_path: Path, server: F
         device.run_session()
         assert device.files() == OWN_FILES
         device.kill()
+
+
+@pytest.mark.parametrize("killed", ["", "paused", "before_report"])
+def test_training_that_was_interrupted_is_carried_as_if_it_had_not_been(
+    killed: str, trained: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+):
+    device = Device(tmp_path / "device", server)
+    device.conditions = Picked(device, 3, for_s=60.0)
+    server.open_secure_round(max_staleness=2)
+    device.run_to(S.TRAINING)
+    while not device.runtime.session.is_paused:
+        device.step()
+    assert not (directory(device) / "update.bin").exists()
+    assert (directory(device) / "step.bin").exists()
+    if killed == "paused":
+        device.kill()
+    if killed == "before_report":
+        save, hook = write_atomically, once(lambda: True)
+
+        def report_file(path: Path, data: bytes) -> None:
+            if path.name == "report.bin":
+                hook()
+            save(path, data)
+
+        monkeypatch.setattr(work, "write_atomically", report_file)
+        with pytest.raises(Killed):
+            device.run_to(S.PACKAGED)
+        device.kill()
+    device.run_to(S.REPORTING)
+    (undisturbed,) = trained.glob("work/*/update.bin")
+    assert (directory(device) / "update.bin").read_bytes() == undisturbed.read_bytes()
+    server.carry(FIRST)
+    run_to_carried(device)
+    body = report(device)
+    device.run_session()
+    check_sum(server, body)
+    assert device.files() == OWN_FILES
+    device.kill()
 
 
 def test_the_round_may_move_on_while_it_answers(ready: Device, server: FakeServer):

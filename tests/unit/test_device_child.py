@@ -16,7 +16,7 @@ from homespun.device.child import Perform
 from homespun.errors import InvalidInput, NumericFailure, PlanCrashed, PlanError
 from homespun.plan.package import Plan
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.messages import TaskKind
+from homespun.protocol.messages import ExampleQuery, TaskKind
 from homespun.protocol.session import SessionState as S
 from homespun.tensors.codec import digest, encode_tree
 from tests.unit.device_server import DIGITS, INITIAL, PUBLISHER, Device, FakeServer, images
@@ -150,7 +150,7 @@ def test_what_the_work_raises_arrives_with_all_it_says(device: Device):
 def test_a_device_without_examples_and_one_without_a_plan(device: Device):
     of = job(device)
     with pytest.raises(InvalidInput, match="no rows"):
-        child.work_on(msgspec.structs.replace(of, max_age_s=-1.0), never)
+        child.work_on(msgspec.structs.replace(of, query=ExampleQuery(collection="nothing")), never)
     with pytest.raises(PlanError, match="cannot be read"):
         child.work_on(msgspec.structs.replace(of, session_id="another"), never)
 
@@ -203,7 +203,7 @@ def test_a_model_is_tried_and_one_without_numbers_is_refused(
         child.try_model(model(tmp_path, float("inf")))
     monkeypatch.setattr(child, "LEAST_GRACE_S", 0.0)
     monkeypatch.setattr(child, "GRACE_S", 0.0)
-    assert not child.try_model(model(tmp_path), lambda: True)
+    assert not child.try_model(model(tmp_path), should_stop=lambda: True)
 
 
 def test_a_model_that_never_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import pytest
 from homespun import zoo
 from homespun.clock import ManualClock
 from homespun.corpora.vocabulary import Vocabulary
-from homespun.device.models import CHECKPOINT_FILE, Models
+from homespun.device.models import CHECKPOINT_FILE, Models, Trial
 from homespun.device.slots import content_of
 from homespun.device.status import read_status
 from homespun.errors import (
@@ -38,6 +38,7 @@ from tests.unit.device_server import (
     STRANGER,
     Device,
     FakeServer,
+    try_here,
 )
 
 WORDS = Vocabulary.build(["thank you for the cat and thank you for the hat"], 4000)
@@ -60,13 +61,19 @@ def models(tmp_path: Path) -> Models:
     return Models(tmp_path / "models", POPULATION, (key,), "salt")
 
 
-def install(models: Models, server: FakeServer, signed: SignedRelease, slot: str = "default"):
+def install(
+    models: Models,
+    server: FakeServer,
+    signed: SignedRelease,
+    slot: str = "default",
+    trial: Trial = try_here,
+) -> bool:
     def fetch(address: str, path: Path, max_bytes: int) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(server.blobs[address])
         return True
 
-    return models.install(slot, signed, fetch)
+    return models.install(slot, signed, fetch, trial=trial)
 
 
 def folder(models: Models, slot: str = "default") -> Path:
@@ -179,6 +186,15 @@ def test_a_download_that_breaks_is_tried_again(models: Models, server: FakeServe
 
     with pytest.raises(Unreachable):
         models.install("default", signed, broken)
+    assert models.sequence("default") == 1
+    assert models.unserved() == []
+    assert install(models, server, signed)
+
+
+def test_a_trial_that_is_stopped_is_made_again(models: Models, server: FakeServer):
+    install(models, server, server.release(KEYBOARD, FIRST, 1))
+    signed = server.release(KEYBOARD, SECOND, 2)
+    assert not install(models, server, signed, trial=lambda directory: False)
     assert models.sequence("default") == 1
     assert models.unserved() == []
     assert install(models, server, signed)

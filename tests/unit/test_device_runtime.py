@@ -15,11 +15,12 @@ import pytest
 
 from homespun.clock import ManualClock
 from homespun.device import wanted
-from homespun.device.child import Perform, ShouldStop
+from homespun.device.child import Perform, ShouldStop, Trial
 from homespun.device.cleaning import left_over
 from homespun.device.conditions import ScriptedConditions, Span
 from homespun.device.labour import work_on
 from homespun.device.models import open_models
+from homespun.device.policy import set_policy
 from homespun.device.status import Status, read_status
 from homespun.errors import Conflict, NotAllowed, PlanCrashed, StorageFailure
 from homespun.learning.contribution import ContributionCodec
@@ -39,6 +40,7 @@ from homespun.protocol.messages import (
 from homespun.protocol.session import MAX_RESTARTS
 from homespun.protocol.session import SessionState as S
 from homespun.tensors.codec import digest, encode_tree
+from homespun.types import Hash
 from tests.unit.device_server import (
     DIGITS,
     INITIAL,
@@ -584,8 +586,32 @@ def test_a_server_that_does_not_say_whether_it_wants_the_report_gets_it(
     assert len(server.reports["train-1-1"]) == 1
 
 
+def test_a_release_is_tried_while_the_conditions_hold_and_as_the_policy_allows(
+    device: Device, server: FakeServer
+):
+    jobs: list[Perform | Trial] = []
+
+    def work(job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
+        if not jobs:  # picked up while the first trial runs
+            device.conditions.script = (Span(idle=False),)  # type: ignore[attr-defined]
+            device.clock.advance(1.0)
+        jobs.append(job)
+        return None if should_stop() else work_on(job, should_stop)
+
+    device.labour = work
+    set_policy(device.home, ["max_memory_bytes=300000000"])
+    server.release(DIGITS, encode_tree(INITIAL), 1)
+    device.run_to(S.REJECTED)
+    assert status(device).served == {}
+    device.conditions.script = ()  # type: ignore[attr-defined]
+    for _ in range(10):
+        device.step()
+    assert status(device).served["default"].sequence == 1
+    assert [job.max_memory_bytes for job in jobs] == [300_000_000] * 2
+
+
 def test_a_plan_that_crashes_is_refused_for_a_day(device: Device, server: FakeServer):
-    def crash(job: Perform, should_stop: ShouldStop) -> None:
+    def crash(job: Perform | Trial, should_stop: ShouldStop) -> None:
         raise PlanCrashed("the process that ran the plan ended by signal 11")
 
     device.labour = crash

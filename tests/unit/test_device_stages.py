@@ -16,7 +16,7 @@ from homespun.errors import NotAuthentic, NotFound, NumericFailure
 from homespun.protocol.messages import ReleaseManifest, ReleaseNotice, SignedRelease
 from homespun.protocol.selection import arm
 from homespun.rng import unit_interval
-from tests.unit.device_server import DIGITS, POPULATION, PUBLISHER, FakeServer
+from tests.unit.device_server import DIGITS, POPULATION, PUBLISHER, FakeServer, try_here
 from tests.unit.test_device_models import FINE, FIRST, KEYBOARD, NAN, SECOND, THIRD
 
 KEY = base64.b64encode(PUBLISHER.public_key().public_bytes_raw()).decode()
@@ -44,7 +44,7 @@ class Phone:
     def install(self, signed: SignedRelease) -> bool:
         self.fetched.clear()
         return self.models.install(
-            "default", signed, self.fetch, lambda: self.server.deployed.get("default")
+            "default", signed, self.fetch, lambda: self.server.deployed.get("default"), try_here
         )
 
     @property
@@ -222,7 +222,7 @@ def test_the_errand_asks_for_what_is_deployed_only_if_it_must(late: Phone):
 
     def errand(sequence: int) -> list[str]:
         notice = ReleaseNotice(slot="default", sequence=sequence)
-        return fetch_releases([notice], late.models, Server(), POPULATION, lambda: False)  # type: ignore[arg-type]
+        return fetch_releases([notice], late.models, Server(), POPULATION, try_here, lambda: False)  # type: ignore[arg-type]
 
     late.server.release(KEYBOARD, SECOND, 2, release_id="b", fraction=0.1)
     assert (errand(2), asked) == ([], ["default"])

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from homespun.clock import ManualClock
+from homespun.device import child
+from homespun.device.child import Perform, ShouldStop, Trial
 from homespun.device.home import SERVING_FILE
+from homespun.device.labour import work_on
 from homespun.device.models import open_models
 from homespun.device.serving import Record
-from homespun.device.slots import Failure
+from homespun.device.slots import Failure, name_of
 from homespun.device.status import read_status
+from homespun.errors import PlanCrashed
 from homespun.learning.contribution import ContributionCodec
 from homespun.learning.metrics import MetricSum, watched_names
 from homespun.protocol.frame import decode_contribution
@@ -22,6 +27,7 @@ from homespun.protocol.messages import Encoding, ReportState, TaskKind, Watch
 from homespun.protocol.session import SessionState
 from homespun.rng import unit_interval
 from homespun.tensors.codec import encode_tree
+from homespun.types import Hash
 from tests.unit.device_server import DIGITS, INITIAL, Device, FakeServer
 from tests.unit.test_device_models import FINE, NAN
 from tests.unit.test_device_secure import check_sum, report
@@ -276,3 +282,86 @@ def test_or_after_it_failed(device: Device):
     check_in(device)
     said = reported(device, watch(device, min_predictions=3))
     assert said["stage.failed"] == MetricSum(1.0, 1.0)
+
+
+# --- what it serves crashes the child ----------------------------------------------------------------------
+
+
+class Crashing:
+    """Labour whose children that evaluate one of `releases` end by a signal, as in a library's bug."""
+
+    def __init__(self, device: Device, *releases: str) -> None:
+        self.device, self.releases, self.num_crashes = device, releases, 0
+        device.runtime._labour = self
+
+    def __call__(self, job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
+        slots = open_models(self.device.home, self.device.settings).slots("default")
+        assert slots.active is not None
+        evaluates = isinstance(job, Perform) and not slots.has_failed(slots.active)
+        if evaluates and name_of(slots.active) in self.releases:
+            self.num_crashes += 1
+            raise PlanCrashed("the process that ran the plan ended by signal 11", hint="")
+        return work_on(job, should_stop)
+
+
+@pytest.mark.parametrize(("place", "arm"), [(STAGE, "stage"), (CONTROL, "control")])
+def test_a_model_that_crashes_the_child_is_withdrawn_and_that_is_reported(
+    place: tuple[float, float], arm: str, device: Device
+):
+    canary(device, place)
+    check_in(device)
+    crashes = Crashing(device, "new" if place == STAGE else "old")
+    said = reported(device, watch(device))
+    assert crashes.num_crashes == 1
+    assert said[f"{arm}.failed"] == MetricSum(1.0, 1.0)
+    slots = open_models(device.home, device.settings).slots("default")
+    assert slots.active is not None
+    assert name_of(slots.active) == "old"
+    assert "signal 11" in slots.failed[-1].reason
+    # In its stage the device says how the one before does; without one, nothing of the model that crashed.
+    assert said[f"{arm}.primary"].count == (1.0 if place == STAGE else 0.0)
+
+
+def test_the_model_before_it_may_crash_too(device: Device):
+    canary(device, STAGE)
+    check_in(device)
+    crashes = Crashing(device, "new", "old")
+    said = reported(device, watch(device))
+    assert crashes.num_crashes == 2
+    assert said["stage.failed"] == MetricSum(1.0, 1.0)
+    assert said["stage.primary"] == NOTHING
+
+
+def test_a_child_that_crashes_without_the_model_is_a_refused_plan(device: Device):
+    """It cannot be what the device serves, and the device does not go round in circles."""
+    canary(device, STAGE)
+    check_in(device)
+    assignment = watch(device)
+
+    def crash(job: Perform | Trial, should_stop: ShouldStop) -> None:
+        raise PlanCrashed("the process that ran the plan ended by signal 9", hint="")
+
+    device.runtime._labour = crash
+    device.run_session()
+    assert assignment not in device.server.reports
+    watch(device, 2)
+    assert [code for code, _ in refusals(device)] == ["refused_plan"]
+
+
+def test_a_real_child_crashes_and_another_one_says_so(device: Device):
+    canary(device, STAGE)
+    check_in(device)
+    is_first = iter((True, False))
+
+    def kill() -> bool:
+        (started,) = psutil.Process().children()
+        started.kill()
+        return False
+
+    def work(job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
+        return child.work_on(job, kill if next(is_first) else should_stop)
+
+    device.runtime._labour = work
+    said = reported(device, watch(device))
+    assert said["stage.failed"] == MetricSum(1.0, 1.0)
+    assert said["stage.primary"].count == 1

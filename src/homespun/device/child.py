@@ -86,8 +86,8 @@ class Trial(Job, frozen=True, kw_only=True, tag=True):
     directory: str
 
 
-Labour = Callable[[Perform, ShouldStop], Hash | None]
-"""Does a job; the digest of the report, or None if `should_stop` ended it. `labour.work_on` does it in this process."""
+Labour = Callable[[Perform | Trial, ShouldStop], Hash | None]
+"""Does a job; the digest of what came of it, or None if `should_stop` ended it. `labour.work_on`: in this process."""
 
 
 def work_on(job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
@@ -109,12 +109,18 @@ def work_on(job: Perform | Trial, should_stop: ShouldStop) -> Hash | None:
         child.kill()
 
 
-def try_model(directory: Path, should_stop: ShouldStop = lambda: False) -> bool:
-    """Whether the plan and the checkpoint in `directory` were tried; False if `should_stop` ended that.
+def try_model(
+    directory: Path,
+    policy: Policy | None = None,
+    should_stop: ShouldStop = lambda: False,
+    labour: Labour = work_on,
+) -> bool:
+    """Whether the plan and the checkpoint in `directory` were tried, within the limits of `policy`; False if
+    `should_stop` ended that.
 
     Raises why they cannot be served: `PlanError`, `ShapeMismatch`, `NumericFailure`.
     """
-    limits, began = Policy(), time.monotonic()
+    limits, began = policy or Policy(), time.monotonic()
 
     def takes_too_long() -> bool:
         return time.monotonic() - began >= TRIAL_S
@@ -124,7 +130,7 @@ def try_model(directory: Path, should_stop: ShouldStop = lambda: False) -> bool:
         max_memory_bytes=limits.max_memory_bytes,
         max_cpu_share=limits.max_cpu_share,
     )
-    if work_on(job, lambda: should_stop() or takes_too_long()) is not None:
+    if labour(job, lambda: should_stop() or takes_too_long()) is not None:
         return True
     if takes_too_long():
         raise PlanCrashed(

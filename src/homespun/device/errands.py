@@ -8,7 +8,7 @@ from pathlib import Path
 
 from homespun.device.connection import Connection
 from homespun.device.journal import Journal
-from homespun.device.models import Models
+from homespun.device.models import Models, Trial
 from homespun.errors import HomespunError, NotFound
 from homespun.protocol.messages import ReleaseNotice, ReportState
 from homespun.types import Hash
@@ -19,6 +19,7 @@ def fetch_releases(
     models: Models,
     connection: Connection,
     population: str,
+    trial: Trial,
     should_stop: Callable[[], bool],
 ) -> list[str]:
     """Serve what is newer than what is served; the problems with releases that cannot be, which change nothing."""
@@ -33,7 +34,7 @@ def fetch_releases(
             try:
                 signed = connection.release(population, notice.slot)
                 deployed = partial(connection.deployed, population, notice.slot)
-                models.install(notice.slot, signed, fetch, deployed)
+                models.install(notice.slot, signed, fetch, deployed, trial)
             except HomespunError as error:
                 problems.append(f"release {notice.sequence} of {notice.slot}: {error.message}")
     return problems

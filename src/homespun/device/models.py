@@ -69,6 +69,8 @@ _UNFIT = (PlanError, ShapeMismatch, NumericFailure, TooLarge)
 
 Fetch = Callable[[Hash, Path, int], bool]
 """Download a blob into a file of at most so many bytes; False: it was stopped."""
+Trial = Callable[[Path], bool]
+"""Load the plan and the checkpoint in a directory and predict once; False: it was stopped."""
 
 
 class Models:
@@ -110,13 +112,14 @@ class Models:
         signed: SignedRelease,
         fetch: Fetch,
         deployed: Callable[[], SignedRelease | None] = lambda: None,
+        trial: Trial = try_model,
     ) -> bool:
         """Serve the newest release of the slot from now on, if it is for this device; else what `deployed` gives, the
-        newest release that is for every device. False if it is not for this device, or `fetch` was stopped.
+        newest release that is for every device. False if it is not for this device, or `fetch` or `trial` was stopped.
 
         Raises `NotAuthentic` for a release that our publishers did not sign or that is older than one
         seen, `PlanError`, `ShapeMismatch` or `NumericFailure` for a model that cannot be served, and what
-        `fetch` and `deployed` raise. What was served stays in place.
+        `fetch`, `deployed` and `trial` raise. What was served stays in place.
         """
         newest, slots = self._verified(slot, signed), self._record.slots(slot)
         if newest.sequence <= slots.sequence:
@@ -125,7 +128,7 @@ class Models:
         if arm(newest, self.salt) != STAGE or slots.has_failed(newest):
             wanted = self._deployed(slot, deployed(), slots)
         try:
-            if wanted is not None and not self._bring(slot, wanted, fetch):
+            if wanted is not None and not self._bring(slot, wanted, fetch, trial):
                 return False  # as if nothing had happened: the same release may come again
             self._record.change(slot, lambda s: s.arrived(newest, wanted))
         except _UNFIT as error:
@@ -175,8 +178,8 @@ class Models:
             )
         return manifest
 
-    def _bring(self, slot: str, manifest: ReleaseManifest, fetch: Fetch) -> bool:
-        """Have the release's files here, loaded once and tried; False if `fetch` was stopped."""
+    def _bring(self, slot: str, manifest: ReleaseManifest, fetch: Fetch, trial: Trial) -> bool:
+        """Have the release's files here, loaded once and tried; False if that was stopped."""
         if content_of(manifest) in self._record.slots(slot).kept:
             return True
         self._record.change(slot, lambda s: s.trying(manifest))
@@ -188,7 +191,8 @@ class Models:
         largest = 4 * plan.manifest.num_parameters + HEADER_BYTES
         if not fetch(manifest.checkpoint, directory / CHECKPOINT_FILE, largest):
             return False
-        try_model(directory)
+        if not trial(directory):
+            return False
         with storage(directory):
             for path in (directory / PLAN_FILE, directory / CHECKPOINT_FILE):
                 sync_file(path)

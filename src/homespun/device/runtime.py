@@ -93,7 +93,7 @@ class Runtime:
         stop: Stop | None = None,
         labour: child.Labour = child.work_on,
     ) -> None:
-        """Open the directory and put in order what a crash left; `labour` does the sessions' work.
+        """Open the directory and put in order what a crash left; `labour` runs the plans.
 
         Raises `Conflict` while another process runs it.
         """
@@ -249,9 +249,17 @@ class Runtime:
             CheckIn(population=settings.population, wait_s=settings.poll_s)
         )
         watch = self._watch(CHECK_IN_REQUIRES)
+        trial = partial(
+            child.try_model, policy=self._policy(), should_stop=watch, labour=self._labour
+        )
         self._board.release_problems = tuple(
             fetch_releases(
-                reply.releases, self._models, self._connection, settings.population, watch
+                reply.releases,
+                self._models,
+                self._connection,
+                settings.population,
+                trial,
+                watch,
             )
         )
         resolve_receipts(self._journal, self._connection)
@@ -344,12 +352,12 @@ class Runtime:
         return self._passage.go(E.PAUSE, is_paused=True)
 
     def _withdraws(self, crash: PlanCrashed) -> bool:
-        """Whether it was what the device serves that crashed, and something else is served now."""
+        """Whether it was what the device serves that crashed, and that is news."""
         watch = self._passage.offer.watch
-        active = None if watch is None else self._models.slots(watch.slot).active
-        if watch is None or active is None:
+        before = None if watch is None else self._models.slots(watch.slot)
+        if watch is None or before is None or before.active is None:
             return False
-        return self._models.withdraw(watch.slot, active, crash).active != active
+        return self._models.withdraw(watch.slot, before.active, crash) != before
 
     def _start_report(self) -> float:
         if self._passage.is_expired:

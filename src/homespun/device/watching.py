@@ -79,8 +79,9 @@ class Watcher:
         values: dict[str, float | None] = {}
         if (active := slots.active) is not None:
             try:
-                plan, checkpoint = models.load(watch.slot, active)
-                values["primary"] = primary(plan, checkpoint, examples, should_stop)
+                if not slots.has_failed(active):  # with nothing to go back to, it is still served
+                    plan, checkpoint = models.load(watch.slot, active)
+                    values["primary"] = primary(plan, checkpoint, examples, should_stop)
             except NumericFailure as error:  # as bad as in a prediction
                 slots = models.withdraw(watch.slot, active, error)
             if should_stop():
