@@ -121,10 +121,11 @@ class Board:
     def reply(self, population: str, offers: list[Offer], now: float) -> CheckInReply:
         """The answer to a check-in, once and for all: whose turn it is and when to come back are counted here."""
         standing = self.standing(population)
+        open_still = [offer for offer in offers if offer.task_id in standing.shares]
         return CheckInReply(
-            offers=self._paces.order(population, offers, standing.shares, now),
+            offers=self._paces.order(population, open_still, standing.shares, now),
             releases=standing.releases,
-            retry=self.retry(population, now, may_claim=bool(offers)),
+            retry=self.retry(population, now, may_claim=bool(open_still)),
         )
 
     def retry(self, population: str, now: float, *, may_claim: bool = False) -> RetryWindow:

@@ -42,7 +42,8 @@ def register(app: typer.Typer) -> None:
 
         Running it again resumes a run that was interrupted; after a complete one it starts clean.
         """
-        from homespun.cli.demo.story import Settings, play  # the demo's imports are its own
+        from homespun.cli.demo.stage import Settings
+        from homespun.cli.demo.story import play  # the demo's imports are its own
 
         settings = Settings(
             text=None if text is None else str(text.resolve()),

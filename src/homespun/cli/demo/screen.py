@@ -184,13 +184,14 @@ class Screen:
         up = sorted(status.bytes_up for status in statuses)
         down = sorted(status.bytes_down for status in statuses)
         memory = max(status.peak_memory_bytes for status in statuses)
+        child = max(status.peak_child_memory_bytes for status in statuses)
         middle = len(statuses) // 2
         out.print()
         self.say(
             "traffic",
             f"per device up {size(up[middle])} (at most {size(up[-1])}), "
             f"down {size(down[middle])} (at most {size(down[-1])}); "
-            f"largest device process {size(memory)}",
+            f"largest device process {size(memory)}, largest child that trained {size(child)}",
         )
 
     def suggestions(self, devices: Sequence[DemoDevice], openings: Sequence[str]) -> None:

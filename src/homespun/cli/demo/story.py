@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -31,82 +30,39 @@ from homespun.cli.demo.devices import (
     traffic,
 )
 from homespun.cli.demo.fleet import Process, stop_all
-from homespun.cli.demo.owners import Interruption, Typists, serving
+from homespun.cli.demo.owners import Interruption
 from homespun.cli.demo.screen import Screen
-from homespun.cli.releases import follow_release
+from homespun.cli.demo.shipping import DIFFERENCE_CLIP, release, request, ship
+from homespun.cli.demo.stage import (
+    GROUPS,
+    PATIENCE_S,
+    POLL_S,
+    POPULATION,
+    RETRY,
+    SELECTION_S,
+    Settings,
+    Stage,
+    push,
+    tick,
+)
 from homespun.cli.tasks import finished, follow, share
-from homespun.cli.trial import try_out
-from homespun.clock import Clock, SystemClock
+from homespun.clock import SystemClock
 from homespun.errors import HomespunError, InvalidConfig, StorageFailure
 from homespun.plan.initial import initial_checkpoint
-from homespun.plan.package import Plan
-from homespun.protocol.messages import Bucket, Criteria, RetryWindow, TaskKind, encode
-from homespun.protocol.release import ReleaseState
-from homespun.protocol.release_request import (
-    EvaluationSpec,
-    ReleaseRequest,
-    Reports,
-    WatchSpec,
-)
-from homespun.protocol.release_request import (
-    Stage as ReleaseStage,
-)
-from homespun.protocol.tasks import GroupSpec, OptimizerSpec, TaskSpec
-from homespun.protocol.views import ReleaseView, RoundSummary, TaskView
-from homespun.tensors import codec
-from homespun.types import Hash, Tree
+from homespun.protocol.messages import Bucket, Criteria, TaskKind
+from homespun.protocol.tasks import OptimizerSpec, TaskSpec
+from homespun.protocol.views import RoundSummary, TaskView
+from homespun.types import Hash
 
-POPULATION = "keyboard"
-SLOT = "default"
 GOAL = 10
 MINIMUM = 6
 OVER_SELECTION = 1.2
-SELECTION_S = 15.0
 POOL_SHARE = 0.75
 MIN_EXAMPLES = 20
 TEST_SHARE = 0.3
-RETRY = RetryWindow(earliest_s=1.0, latest_s=2.0)
-GROUPS = GroupSpec(step_s=3.0)
 OPTIMIZER = OptimizerSpec(name="FedAdam", settings={"learning_rate": 0.03})
 OPENINGS = ("thank you for the", "this is the", "return a new", "if the file")
-PATIENCE_S = 120.0
-POLL_S = 1.0
 MAX_STALENESS = 1
-ALPHA = 0.1
-DIFFERENCE_CLIP = 0.02
-STAGES = (ReleaseStage(fraction=0.5, soak_s=2.0),)
-WATCH = WatchSpec(primary=0.4, latency_s=0.06, failed=0.6)
-"""Margins as wide as so few devices need: with a dozen on each side only large differences show."""
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. A run resumes only with the settings it began with."""
-
-    text: str | None
-    public_text: str | None
-    devices: int
-    rounds: int
-    seed: int
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Everything that is on stage while the server runs."""
-
-    settings: Settings
-    screen: Screen
-    clock: Clock
-    client: OperatorClient
-    plan: Plan
-    plan_hash: Hash
-    devices: Sequence[DemoDevice]
-    processes: Sequence[Process]
-
-    def check(self) -> None:
-        """Raise if one of the processes has ended."""
-        for process in self.processes:
-            process.check()
 
 
 def play(settings: Settings, directory: Path, *, fresh: bool) -> int:
@@ -225,11 +181,6 @@ def running(devices: Sequence[DemoDevice]) -> Iterator[None]:
         stop_all([device.process for device in devices])
 
 
-def push(client: OperatorClient, plan_hash: Hash, checkpoint: Tree) -> Hash:
-    """Give the server a checkpoint."""
-    return client.push_checkpoint(codec.encode_tree(checkpoint), plan_hash).hash
-
-
 def once(client: OperatorClient, spec: TaskSpec) -> TaskView:
     """The task of this name; created unless an earlier run did."""
     for view in client.tasks():
@@ -313,14 +264,6 @@ class Scenes:
         self._tell_who_refuses()
 
 
-def tick(stage: Stage) -> None:
-    """Between two looks at the server: are all alive, who is doing what."""
-    for device in stage.devices:
-        device.come_back(stage.clock.now())
-    stage.check()
-    stage.screen.live(stage.devices)
-
-
 def test(
     stage: Stage, checkpoints: tuple[Hash, ...], bucket: Bucket, testers: Sequence[DemoDevice]
 ) -> TaskView:
@@ -349,137 +292,3 @@ def test(
         for view in follow(stage.client, task.task_id, POLL_S, lambda: tick(stage)):
             stage.screen.say("test", f"{view.num_reported} of {view.num_assigned} reported")
     return finished(stage.client.task(task.task_id))
-
-
-# --- releases -----------------------------------------------------------------------------------------
-
-
-def ship(
-    stage: Stage,
-    trained: Hash,
-    tested: TaskView,
-    bucket: Bucket,
-    testers: Sequence[DemoDevice],
-) -> bool:
-    """Three releases: one that fails in use only, the trained model, a worse one. Whether all went as they should."""
-    client, plan, screen = stage.client, stage.plan, stage.screen
-    model = codec.decode_tree(client.checkpoint(trained))
-    word = ingredients.word_unknown_to(plan, testers)
-    fragile = push(client, stage.plan_hash, ingredients.fragile_checkpoint(plan, model, word))
-    worse = push(client, stage.plan_hash, ingredients.noisy_checkpoint(model, stage.settings.seed))
-    typists = Typists(stage.devices, SLOT, word)
-
-    screen.say("release", f"2-fragile: as good as the trained model, until somebody types {word!r}")
-    view = release(stage, request(stage, fragile, "2-fragile", bucket), typists)
-    if view.state is not ReleaseState.ROLLED_BACK:
-        return failed(stage, view, "a release that fails in use was not rolled back")
-    if not serve(stage, "1-initial"):
-        return False
-
-    screen.say("release", "3-trained: the model that the devices have trained")
-    view = release(stage, request(stage, trained, "3-trained", bucket, tested.task_id), typists)
-    if view.state is not ReleaseState.DEPLOYED:
-        return failed(stage, view, "the trained model was not deployed")
-    if not serve(stage, "3-trained"):
-        return False
-
-    screen.say("release", "4-noisy: the trained model with noise on its parameters")
-    view = release(stage, request(stage, worse, "4-noisy", bucket), typists)
-    if view.state is not ReleaseState.REJECTED:
-        return failed(stage, view, "a worse model was not rejected")
-    return True
-
-
-def request(
-    stage: Stage, checkpoint: Hash, version: str, bucket: Bucket, evidence: str | None = None
-) -> ReleaseRequest:
-    """What is asked for: evaluated by devices that did not train, then half of all devices, then all."""
-    num_testers = len(members(stage.devices, bucket))
-    num_devices = sum(device.script != NEVER_CHARGING for device in stage.devices)
-    model = codec.decode_tree(stage.client.checkpoint(checkpoint))
-    return ReleaseRequest(
-        population=POPULATION,
-        slot=SLOT,
-        plan_hash=stage.plan_hash,
-        checkpoint=checkpoint,
-        version=version,
-        evaluation_task_id=evidence,
-        evaluation=EvaluationSpec(
-            clip=DIFFERENCE_CLIP,
-            most=num_testers,
-            reports=reports(num_testers, Criteria(min_examples=1, bucket=bucket)),
-        ),
-        stages=STAGES,
-        watch=msgspec.structs.replace(
-            WATCH, most=num_devices, reports=reports(num_devices, Criteria(min_examples=1))
-        ),
-        alpha=ALPHA,
-        trial=try_out(stage.plan, model),
-    )
-
-
-def reports(num_devices: int, criteria: Criteria) -> Reports:
-    """A round of all these devices, or of nearly all if they do not come in time."""
-    return Reports(
-        goal=num_devices,
-        minimum=round(0.75 * num_devices),
-        min_group=MIN_GROUP,
-        groups=GROUPS,
-        over_selection=1.0,
-        pool_target=num_devices,
-        selection_s=SELECTION_S,
-        deadline_s=PATIENCE_S,
-        retry=RETRY,
-        criteria=criteria,
-    )
-
-
-def release(stage: Stage, wanted: ReleaseRequest, typists: Typists | None = None) -> ReleaseView:
-    """Ask for a release, unless an earlier run did, and follow it until it stays; a line for each step."""
-    known = [view for view in stage.client.releases() if view.version == wanted.version]
-    view = known[0] if known else stage.client.create_release(**plain(wanted))
-    moved_at = stage.clock.now()
-
-    def look() -> None:
-        tick(stage)
-        if typists is not None:
-            typists.type(view.release_id)
-        if stage.clock.now() > moved_at + PATIENCE_S:
-            raise HomespunError(
-                f"release {wanted.version} does not move", hint="homespun model show tells why"
-            )
-
-    with stage.screen.waiting(f"release {wanted.version}"):
-        for latest, step in follow_release(stage.client, view.release_id, POLL_S, look):
-            view, moved_at = latest, stage.clock.now()
-            stage.screen.step(view, step)
-    return view
-
-
-def plain(wanted: ReleaseRequest) -> dict[str, object]:
-    """A request as the client takes it."""
-    fields: dict[str, object] = msgspec.json.decode(encode(wanted))
-    return fields
-
-
-def failed(stage: Stage, view: ReleaseView, what: str) -> bool:
-    """Say what went wrong; False."""
-    stage.screen.say("FAILED", f"{what}: {view.version} is {view.state}: {view.reason}")
-    return False
-
-
-def serve(stage: Stage, version: str) -> bool:
-    """Wait until every device that is ever charged serves this release; False if patience ends before."""
-    able = [device for device in stage.devices if device.script != NEVER_CHARGING]
-    deadline = stage.clock.now() + PATIENCE_S
-    with stage.screen.waiting(f"devices fetch release {version}"):
-        while (num := serving(able, SLOT, version)) < len(able):
-            tick(stage)
-            if stage.clock.now() > deadline:
-                stage.screen.say("FAILED", f"only {num} of {len(able)} devices serve {version}")
-                return False
-            stage.clock.sleep(0.5)
-    away = ", ".join(device.name for device in stage.devices if device not in able)
-    rest = f"; {away} was never charging and keeps out of everything" if away else ""
-    stage.screen.say("serving", f"{version} on all {num} devices{rest}")
-    return True
