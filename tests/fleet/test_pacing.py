@@ -148,9 +148,6 @@ def test_an_async_task_that_is_full_lets_the_others_go_first(make_world):
     assert world.devices[7].check_in().offers[0].task_name == "async"
 
 
-<<<<<<< HEAD
-def demanded(world):
-=======
 def test_a_task_that_is_stopped_while_a_device_checks_in_is_not_offered(make_world):
     world = make_world(1)
     task = world.create_task()
@@ -160,8 +157,7 @@ def test_a_task_that_is_stopped_while_a_device_checks_in_is_not_offered(make_wor
     assert board.reply(POPULATION, [offer], world.clock.now()).offers == ()
 
 
-def demanded(world) -> float:
->>>>>>> intsrv
+def demanded(world):
     return world.deployment.board.standing(POPULATION).demand
 
 

@@ -1,4 +1,4 @@
-"""The demo's releases: tested by devices that did not train, then on half of all devices, then on all; or taken back."""
+"""The demo's releases: tested by devices that did not train, on half of all devices, then on all; or taken back."""
 
 from __future__ import annotations
 
