@@ -17,7 +17,13 @@ from homespun.device.conditions import (
 )
 from homespun.device.stopping import Stop
 from homespun.errors import InvalidConfig, StorageFailure
-from homespun.protocol.eligibility import CONDITIONS, Conditions, Policy
+from homespun.protocol.eligibility import (
+    CONDITIONS,
+    Conditions,
+    Policy,
+    check_conditions,
+    refusals,
+)
 
 START = 1_700_000_000.0
 
@@ -109,7 +115,12 @@ def watch(
     source: Counting, clock: ManualClock, stop: Stop | None = None, *, unknown_is_met: bool = False
 ) -> Watch:
     policy = Policy(unknown_is_met=unknown_is_met)
-    return Watch(source.read, ("idle",), lambda: policy, clock, stop or Stop(), START + 100)
+
+    def against() -> str:
+        unmet = refusals(check_conditions(("idle",), source.read(clock.now()), policy))
+        return "; ".join(check.text for check in unmet)
+
+    return Watch(against, clock, stop or Stop(), START + 100)
 
 
 def test_work_stops_within_two_seconds_of_a_condition_ending():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from homespun.clock import ManualClock
+from homespun.device.conditions import RECHECK_S
 from homespun.device.enrolment import enroll
 from homespun.device.home import Settings
 from homespun.device.policy import in_words, policy_of, set_policy
@@ -161,6 +163,35 @@ def test_a_population_that_is_not_served_is_not_even_asked(device: Device, serve
         device.step()
     assert refused(device) == ["population_not_served"]
     assert len(server.log) == requests
+
+
+@pytest.mark.parametrize("rule", ["is_enabled=no", "populations=elsewhere"])
+def test_what_is_forbidden_while_it_trains_is_given_back(
+    rule: str, device: Device, server: FakeServer
+):
+    def work(job: object, should_stop: Callable[[], bool]) -> None:
+        set_policy(device.home, [rule])
+        device.clock.advance(RECHECK_S)
+        assert should_stop()
+
+    device.labour = work
+    server.open_round()
+    device.run_session()
+    assert (server.reports, server.aborted) == ({}, ["train-1-1"])
+    assert not list(device.home.work.iterdir())
+
+
+@pytest.mark.parametrize("rule", ["is_enabled=no", "populations=elsewhere"])
+def test_what_is_forbidden_in_a_group_is_left(rule: str, device: Device, server: FakeServer):
+    server.open_secure_round()
+    device.run_to(S.REPORTING)
+    set_policy(device.home, [rule])
+    device.run_session()
+    status = read_status(device.home)
+    assert status is not None
+    assert status.sessions[0].outcome == "void"
+    assert server.aborted == ["train-1-1"]
+    assert not list(device.home.work.iterdir())
 
 
 # --- tensors that never leave -------------------------------------------------------------------------

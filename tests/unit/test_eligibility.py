@@ -9,11 +9,11 @@ from homespun.protocol.eligibility import (
     CONDITIONS,
     Facts,
     Policy,
+    check_conditions,
     check_population,
     duration,
     judge,
     refusals,
-    unmet_conditions,
 )
 from homespun.protocol.messages import (
     Aggregation,
@@ -143,7 +143,7 @@ def test_all_reasons_are_given_and_read_as_sentences():
 
 
 def test_conditions_alone():
-    unmet = unmet_conditions(("battery_ok", "cool"), {"battery_ok": False}, Policy())
+    unmet = refusals(check_conditions(("battery_ok", "cool"), {"battery_ok": False}, Policy()))
     assert [check.text for check in unmet] == [
         "the device is not charged enough",
         "cannot tell whether the device is cool",
@@ -171,7 +171,7 @@ def test_other_examples_must_be_there():
 def test_the_switch():
     off = replace(POLICY, is_enabled=False)
     assert codes(policy=off) == ["switched_off"]
-    assert [check.code for check in unmet_conditions((), {}, off)] == ["switched_off"]
+    assert [check.code for check in refusals(check_conditions((), {}, off))] == ["switched_off"]
 
 
 def test_the_populations_that_are_served():

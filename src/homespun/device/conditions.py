@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from homespun.clock import Clock
 from homespun.device.stopping import Stop
 from homespun.errors import InvalidConfig
-from homespun.protocol.eligibility import CONDITIONS, Conditions, Policy, unmet_conditions
+from homespun.protocol.eligibility import CONDITIONS, Conditions
 
 RECHECK_S = 0.5
 """A measurement is this old at most when work goes on because of it."""
@@ -90,20 +90,12 @@ def parse_script(data: bytes) -> tuple[Span, ...]:
 class Watch:
     """`should_stop` for one piece of work: called as often as one likes, measured every `RECHECK_S`.
 
-    Once it has said yes it keeps saying so; `reason` says why, `said_at` since when.
+    `against` gives what speaks against going on now, in words. Once it has said yes it keeps saying so; `reason` says
+    why, `said_at` since when.
     """
 
-    def __init__(
-        self,
-        read: Callable[[float], Conditions],
-        requires: tuple[str, ...],
-        policy: Callable[[], Policy],
-        clock: Clock,
-        stop: Stop,
-        until: float,
-    ) -> None:
-        self._read, self._requires, self._policy = read, requires, policy
-        self._clock, self._stop, self._until = clock, stop, until
+    def __init__(self, against: Callable[[], str], clock: Clock, stop: Stop, until: float) -> None:
+        self._against, self._clock, self._stop, self._until = against, clock, stop, until
         self._measured_at = float("-inf")
         self.reason = ""
         self.said_at = 0.0
@@ -122,5 +114,4 @@ class Watch:
         if 0 <= now - self._measured_at < RECHECK_S:
             return ""
         self._measured_at = now
-        unmet = unmet_conditions(self._requires, self._read(now), self._policy())
-        return "; ".join(refusal.text for refusal in unmet)
+        return self._against()

@@ -15,16 +15,30 @@ from homespun.protocol.messages import ExampleQuery, Offer, TaskKind
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the device does not take part: at all (`task` None), or in one task."""
+    """Why the device does not take part: at all (`task` None), or in one task. `about`: whose demand, see `Check`."""
 
     code: str
     text: str
+    about: str
     task: str | None = None
 
 
 def reasons_of(checks: Iterable[Check], task: str | None = None) -> tuple[Reason, ...]:
     """What of `checks` speaks against taking part."""
-    return tuple(Reason(code=check.code, text=check.text, task=task) for check in refusals(checks))
+    return tuple(
+        Reason(code=check.code, text=check.text, about=check.about, task=task)
+        for check in refusals(checks)
+    )
+
+
+def in_words(reasons: Iterable[Reason]) -> str:
+    """As one sentence; empty if there are none."""
+    return "; ".join(dict.fromkeys(reason.text for reason in reasons))
+
+
+def is_forbidden(reasons: Iterable[Reason]) -> bool:
+    """Whether the person does not want it, rather than the moment being wrong."""
+    return any(reason.about == "policy" for reason in reasons)
 
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True):

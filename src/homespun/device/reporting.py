@@ -171,10 +171,10 @@ class Reporting:
 
     # --- not at all ---------------------------------------------------------------------------------------
 
-    def stay_away(self, reason: str) -> float:
+    def stay_away(self, reason: str, *, for_good: bool) -> float:
         """The person needs the device: neither poll nor answer the group, and leave it when nobody can wait longer."""
         self._asked = None
-        return self._leave(reason) if self._passage.is_unanswered else RECHECK_S
+        return self._leave(reason) if for_good or self._passage.is_unanswered else RECHECK_S
 
     def _leave(self, reason: str) -> float:
         """Take no further part in the group; nobody has to wait. What may be in a sum counts, whatever comes."""

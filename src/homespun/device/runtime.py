@@ -29,7 +29,7 @@ from homespun.device.examples import open_examples
 from homespun.device.home import Home
 from homespun.device.journal import Journal
 from homespun.device.models import open_models
-from homespun.device.offers import Judge, Reason, reasons_of
+from homespun.device.offers import Judge, Reason, in_words, is_forbidden, reasons_of
 from homespun.device.passage import RECHECK_S, REFUSE_FOR_S, Passage
 from homespun.device.reporting import Reporting
 from homespun.device.sealing import Seal
@@ -263,8 +263,9 @@ class Runtime:
             )
         )
         resolve_receipts(self._journal, self._connection)
-        now = self._clock.now()
-        accepted, against = self._judge.choose(reply.offers, self._read_conditions(now), now)
+        accepted, against = self._judge.choose(
+            reply.offers, self._read_conditions(), self._clock.now()
+        )
         self._board.refuse(against)
         self._passage.go(E.CHECK_IN, offer=accepted)
         return 0 if accepted else self._turn_away(reply.retry, given=True)
@@ -324,6 +325,8 @@ class Runtime:
             return self._passage.give_up("the deadline has passed")
         unmet = self._unmet(offer.criteria.requires, offer.task_name)
         self._board.refuse(unmet)
+        if is_forbidden(unmet):
+            return self._passage.give_up(in_words(unmet))
         if unmet:
             self._board.verdict = f"paused: {self._board.verdict}"
             return RECHECK_S
@@ -372,7 +375,7 @@ class Runtime:
         unmet = self._unmet(offer.criteria.requires, offer.task_name)
         self._board.refuse(unmet)
         if unmet:
-            return self._reporting.stay_away(unmet[0].text)
+            return self._reporting.stay_away(in_words(unmet), for_good=is_forbidden(unmet))
         self._say(f"in a group of round {assigned.round_number} of {offer.task_name}")
         return self._reporting.take_part(self._work)
 
@@ -431,10 +434,11 @@ class Runtime:
 
     def _watch(self, requires: tuple[str, ...]) -> Watch:
         until = self.session.expires_at or float("inf")
-        return Watch(self._read_conditions, requires, self._policy, self._clock, self._stop, until)
+        return Watch(lambda: in_words(self._unmet(requires)), self._clock, self._stop, until)
 
-    def _read_conditions(self, now: float) -> Conditions:
+    def _read_conditions(self) -> Conditions:
         """How they are now; what has changed is told at once, because a step may take long."""
+        now = self._clock.now()
         conditions, start = self._conditions.read(now), self._conditions.script_start
         if (conditions, start) != (self._board.conditions, self._board.script_start):
             self._board.conditions, self._board.script_start = conditions, start
@@ -444,7 +448,7 @@ class Runtime:
     def _unmet(self, requires: tuple[str, ...], task: str | None = None) -> tuple[Reason, ...]:
         policy = self._policy()
         served = check_population(policy, self._settings.population)
-        checks = check_conditions(requires, self._read_conditions(self._clock.now()), policy)
+        checks = check_conditions(requires, self._read_conditions(), policy)
         return reasons_of((served, *checks), task)
 
     def _say(self, verdict: str) -> None:

@@ -15,7 +15,7 @@ from homespun.device.examples import ExampleStore
 from homespun.device.home import Home, Settings, storage_failure, write_atomically
 from homespun.device.journal import Journal, Participation
 from homespun.device.models import Models
-from homespun.device.offers import Judge, Offered, Reason
+from homespun.device.offers import Judge, Offered, Reason, in_words
 from homespun.device.serving import PROBATION
 from homespun.errors import StorageFailure
 from homespun.protocol.eligibility import Conditions
@@ -128,7 +128,7 @@ class Board:
             self._counts.update(reason.code for reason in reasons)
         self._reasons = reasons
         if reasons:
-            self.verdict = "; ".join(dict.fromkeys(reason.text for reason in reasons))
+            self.verdict = in_words(reasons)
 
     def stopped(self, stop_s: float) -> None:
         """Training was stopped `stop_s` after that was noticed to be due; nothing runs any more."""

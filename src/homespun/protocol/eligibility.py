@@ -121,13 +121,6 @@ def check_conditions(
     return tuple(checks)
 
 
-def unmet_conditions(
-    requires: tuple[str, ...], conditions: Conditions, policy: Policy
-) -> tuple[Check, ...]:
-    """What of `check_conditions` does not hold now."""
-    return refusals(check_conditions(requires, conditions, policy))
-
-
 def check_population(policy: Policy, population: str) -> Check:
     """Whether the person wants the device to serve this population."""
     served = ", ".join(policy.populations) or "any population"
