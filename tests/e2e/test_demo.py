@@ -104,7 +104,7 @@ def assert_releases_went_their_ways(text: str, directory: Path) -> None:
     """What the screen says is what is on record, with evidence for every step that needs one."""
     store = Store(f"sqlite:///{directory / 'server' / 'homespun.db'}")
     releases = {release.request.version: release for release in store.releases.all()}
-    steps = {version: store.releases.steps(r.release_id) for version, r in releases.items()}
+    steps = {v: store.releases.history(r.release_id)[1] for v, r in releases.items()}
     store.close()
     assert {version: str(release.state) for version, release in releases.items()} == {
         "1-initial": "superseded",

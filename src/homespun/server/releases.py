@@ -112,8 +112,8 @@ class ReleaseDesk:
 
     def view(self, release_id: str) -> ReleaseView:
         """A release with all that is known about it."""
-        release = self._store.releases.get(release_id)
-        view = msgspec.structs.replace(release.view, steps=self._store.releases.steps(release_id))
+        release, steps = self._store.releases.history(release_id)
+        view = msgspec.structs.replace(release.view, steps=steps)
         try:
             evidence, findings = self._evidence(release), self._guardrails(release)
         except NumericFailure:  # which is why it is held

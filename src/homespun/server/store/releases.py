@@ -178,15 +178,16 @@ class Releases:
             found = connection.execute(query).scalar()
             return None if found is None else _get(connection, found)
 
-    def steps(self, release_id: str) -> tuple[ReleaseStep, ...]:
-        """How it came where it is, oldest first."""
+    def history(self, release_id: str) -> tuple[ReleaseRecord, tuple[ReleaseStep, ...]]:
+        """A release and how it came where it is, oldest first; the last step is the one into its state."""
         query = (
             select(release_steps)
             .where(release_steps.c.release_id == release_id)
             .order_by(release_steps.c.step_id)
         )
         with self._database.read() as connection:
-            return tuple(
+            release = _get(connection, release_id)
+            return release, tuple(
                 ReleaseStep(
                     at=row.at,
                     state=ReleaseState(row.state),
