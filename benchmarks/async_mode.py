@@ -101,7 +101,6 @@ class Task:
             state=RoundState.RUNNING,
             goal=GOAL,
             minimum=GOAL,
-            over_selection=OVER_SELECTION,
             pool_target=0,
             select_at=0.0,
             deadline_at=float("inf"),

@@ -120,7 +120,7 @@ def test_a_task_that_was_away_does_not_starve_the_others(make_world):
     assert claim_first(world, world.devices[20:], [early, late]) == {"early": 10, "late": 10}
 
 
-def create_async(world, **fields) -> TaskView:
+def create_async(world, **fields):
     return world.create_task(
         aggregation=Aggregation.SECURE,
         mode=Mode.ASYNC,
@@ -158,7 +158,7 @@ def test_a_task_that_is_stopped_while_a_device_checks_in_is_not_offered(make_wor
 
 
 def demanded(world) -> float:
-    return world.deployment.board.standing(POPULATION).demand
+    return float(world.deployment.board.standing(POPULATION).demand)
 
 
 def test_an_async_task_wants_as_many_devices_as_it_has_places(make_world):
