@@ -35,6 +35,7 @@ from tests.e2e.processes import (
     homespun,
     printed,
 )
+from tests.fleet.world import synthetic_plan
 
 DIGITS = zoo.load("digits")
 INITIAL = encode_tree(initial_checkpoint(DIGITS.manifest, 0))
@@ -119,14 +120,16 @@ def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path):
 def test_a_disk_that_is_full_later(tmp_path: Path):
     """The server says so and goes on; nothing is half-written."""
     data, log = tmp_path / "data", tmp_path / "log"
-    limit = len(INITIAL) - 1
+    large = synthetic_plan((250_000,))  # a checkpoint that is larger than the database with its log
+    initial = encode_tree(initial_checkpoint(large.manifest, 0))
+    limit = len(initial) - 1
     process = Process(log, "serve", "--data", data, "--port", 0, command=limited(limit))
     try:
         process.wait_for(data / "server.json")
         here = ("--data", data)
-        (tmp_path / "plan.zip").write_bytes(DIGITS.to_bytes())
+        (tmp_path / "plan.zip").write_bytes(large.to_bytes())
         plan_hash = printed("plan", "push", tmp_path / "plan.zip", *here).strip()
-        (tmp_path / "initial").write_bytes(INITIAL)
+        (tmp_path / "initial").write_bytes(initial)
         before = {path for path in (data / "blobs").rglob("*") if path.is_file()}
         done = homespun("model", "push", plan_hash, tmp_path / "initial", *here)
         assert_fails(done, "storage_failure", "cannot store a blob", "hint: ")
@@ -138,7 +141,7 @@ def test_a_disk_that_is_full_later(tmp_path: Path):
         process.kill()
     server = Server(data)
     try:
-        server.client.push_checkpoint(INITIAL, plan_hash)
+        server.client.push_checkpoint(initial, plan_hash)
     finally:
         server.kill()
 

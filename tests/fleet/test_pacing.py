@@ -157,8 +157,8 @@ def test_a_task_that_is_stopped_while_a_device_checks_in_is_not_offered(make_wor
     assert board.reply(POPULATION, [offer], world.clock.now()).offers == ()
 
 
-def demanded(world):
-    return world.deployment.board.standing(POPULATION).demand
+def demanded(world) -> float:
+    return float(world.deployment.board.standing(POPULATION).demand)
 
 
 def test_an_async_task_wants_as_many_devices_as_it_has_places(make_world):

@@ -76,7 +76,7 @@ SESSION: Machine[SessionState, SessionEvent] = Machine(
         Row(S.ASSIGNED, E.DOWNLOAD, S.DOWNLOADING),
         Row(S.DOWNLOADING, E.VERIFY, S.VERIFIED, "signature and hashes hold"),
         Row(S.VERIFIED, E.TRAIN, S.TRAINING),
-        Row(S.TRAINING, E.PAUSE, S.TRAINING, "conditions lost: stopped within 2 s, step kept"),
+        Row(S.TRAINING, E.PAUSE, S.TRAINING, "conditions lost, stopped within 2 s, step kept"),
         Row(S.TRAINING, E.RESUME, S.TRAINING, "conditions back before the deadline"),
         Row(S.TRAINING, E.TOO_LATE, S.LATE, "the server has enough reports"),
         Row(S.TRAINING, E.PACKAGE, S.PACKAGED, "clipped and encoded"),
