@@ -54,7 +54,7 @@ CREATE TABLE IF NOT EXISTS refused_plan (
 );
 CREATE TABLE IF NOT EXISTS traffic (hour INTEGER PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS retry (id INTEGER PRIMARY KEY CHECK (id = 1), at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS given (             -- end of the last window of the server, seconds after its answer
+CREATE TABLE IF NOT EXISTS given (              -- end of the last window that the server set, from then
     id INTEGER PRIMARY KEY CHECK (id = 1),
     latest_s REAL NOT NULL
 );
