@@ -211,4 +211,6 @@ class Screen:
         self.say(
             "done", "the model got better, and every device that is ever charged serves it; try"
         )
-        self.say("", f'./dev homespun device predict --dir {devices[0].root} "this is the"')
+        able = next(device.root for device in devices if device.script != NEVER_CHARGING)
+        self.say("", f'./dev homespun device predict --dir {able} "this is the"')
+        self.say("", f"./dev homespun device why --dir {able}")
