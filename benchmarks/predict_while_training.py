@@ -38,7 +38,7 @@ from homespun.plan.initial import initial_checkpoint
 from homespun.plan.package import Plan
 from homespun.plan.suggest import Suggester
 from homespun.protocol.eligibility import Policy
-from homespun.protocol.messages import Aggregation, Assigned, Encoding, TaskKind
+from homespun.protocol.messages import Aggregation, Assigned, Encoding, ExampleQuery, TaskKind
 from homespun.tensors.codec import digest, encode_tree
 
 TEXTS = [f"thank you for the {n} fish and the bread that you gave to the cat" for n in range(200)]
@@ -89,7 +89,8 @@ def make_device(root: Path, local_epochs: int) -> Perform:
         session_id=session.name,
         assigned=assigned,
         as_of=now,
-        max_age_s=None,
+        query=ExampleQuery(),
+        watch=None,
         max_memory_bytes=policy.max_memory_bytes,
         max_cpu_share=policy.max_cpu_share,
     )
