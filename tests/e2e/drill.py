@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from homespun.cli.main import main
@@ -27,13 +28,20 @@ def in_use(script: Path) -> Path:
     return script.with_suffix(".in-use")
 
 
+def write(script: Path, states: Iterable[str]) -> None:
+    """Replace what is on the script; whoever reads it sees all of the old states or all of the new ones."""
+    beside = script.with_suffix(".new")
+    beside.write_text("\n".join(states))
+    beside.replace(script)
+
+
 def drill(script: Path) -> None:
     save, finish = Journal.save, Journal.finish
 
     def die_if_due(state: str) -> None:
         due = script.read_text().split()
         if state in due:
-            script.write_text("\n".join(other for other in due if other != state))
+            write(script, (other for other in due if other != state))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save_and_die(journal: Journal, session: Session, now: float) -> None:

@@ -60,7 +60,7 @@ class Victim(Device):
         )
 
     def die_at(self, *states: str) -> None:
-        self.script.write_text("\n".join(states))
+        drill.write(self.script, states)
 
     @property
     def still_to_die_at(self) -> set[str]:
