@@ -131,10 +131,8 @@ def outcomes(device: Device, number: int) -> list[str]:
 
 
 def ended(device: Device, number: int) -> list[str]:
-    """How a session of that round ended, once the device knows it for good."""
-    return eventually(
-        lambda: [o for o in outcomes(device, number) if o in ("included", "late")], "it knows"
-    )
+    """How its sessions of that round ended, as far as the device knows it for good."""
+    return [o for o in outcomes(device, number) if o in ("included", "late")]
 
 
 def test_a_straggler_is_in_the_next_checkpoint_with_less_weight(fleet: Fleet):
@@ -159,6 +157,12 @@ def test_a_straggler_is_in_the_next_checkpoint_with_less_weight(fleet: Fleet):
     assert (second.num_carried, second.num_reported) == (1, 4)
     eventually(lambda: outcomes(fleet.devices[slow], 2) == ["included"], "it knows")
 
+    # The straggler took one of the five places of the draw: one of five devices was not drawn, and one is late.
+    assert second.num_assigned == 4
+    rest = [fleet.devices[index] for index in (*others, extra)]
+    eventually(
+        lambda: sum(ended(device, 2) != [] for device in rest) == 4, "all who were drawn know"
+    )
     included = [i for i in (*others, extra) if ended(fleet.devices[i], 2) == ["included"]]
     assert len(included) == 3
     straggler = encoded_again(
