@@ -30,9 +30,11 @@ class Interruption:
     """Somebody picks up a phone that trains. `until_late`: for so long that its round closes without it.
 
     Whose phone it is depends on who trains when the time has come; if the training was faster, another one is tried.
+    `disturbed`: devices that were picked up, by anybody; each is once at most.
     """
 
     devices: Sequence[DemoDevice]
+    disturbed: set[str]
     clock: Clock
     say: Say
     until_late: bool = False
@@ -58,10 +60,13 @@ class Interruption:
 
     def _pick_up(self) -> None:
         for device in self.devices:
-            status = None if device.has_role else device.status()
-            if status is None or status.state != SessionState.TRAINING or status.num_pauses:
+            if device.has_role or device.name in self.disturbed:
+                continue
+            status = device.status()
+            if status is None or status.state != SessionState.TRAINING:
                 continue
             device.pick_up()
+            self.disturbed.add(device.name)
             self._device, self._round = device, status.round_number or 0
             self._picked_up_at, self._is_in_use = self.clock.now(), True
             return

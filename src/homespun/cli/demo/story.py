@@ -234,20 +234,20 @@ class Scenes:
     def __init__(self, stage: Stage, task_id: str, trainers: Sequence[DemoDevice]) -> None:
         self._stage, self._task_id = stage, task_id
         self._refusing = [d for d in trainers if d.is_newcomer or d.script == NEVER_CHARGING]
-        scenes = (False, True) if not stage.settings.exact else ()
+        disturbed: set[str] = set()
         self._interruptions = [
-            Interruption(trainers, stage.clock, stage.screen.say, until_late=late)
-            for late in scenes
+            Interruption(trainers, disturbed, stage.clock, stage.screen.say, until_late)
+            for until_late in (() if stage.settings.exact else (False, True))
         ]
 
     def look(self) -> None:
         """One look at everything, between two at the server."""
         tick(self._stage)
-        if self._interruptions:
-            scene = self._interruptions[0]
-            scene.look(self._stage.client.task(self._task_id).rounds_committed)
+        rounds_committed = self._stage.client.task(self._task_id).rounds_committed
+        for scene in tuple(self._interruptions):
+            scene.look(rounds_committed)
             if scene.is_over:
-                self._interruptions.pop(0)
+                self._interruptions.remove(scene)
                 self._tell_who_refuses()
 
     def _tell_who_refuses(self) -> None:
@@ -259,7 +259,7 @@ class Scenes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for scene in self._interruptions[:1]:
+        for scene in self._interruptions:
             scene.end()
         self._tell_who_refuses()
 
