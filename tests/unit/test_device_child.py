@@ -101,10 +101,14 @@ def test_a_child_has_the_lowest_priority_one_thread_for_work_and_a_session_of_it
         return True
 
     assert child.work_on(job(device, ENDLESS), after_its_start(look)) is None
+    threads = seen.pop("threads")
+    assert isinstance(threads, int)
+    assert (
+        threads <= 3
+    )  # one works, one watches the lifeline, one may be the runtime library's and sleeps
     assert seen == {
         "nice": 19,
         "ionice": psutil.IOPRIO_CLASS_IDLE,
-        "threads": 3,  # one watches the lifeline, one is the runtime library's and sleeps
         "session": True,
     }
 

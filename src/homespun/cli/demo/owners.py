@@ -19,6 +19,8 @@ from homespun.protocol.session import SessionState
 
 IN_USE_S = 3.0
 """How long somebody who picks a phone up looks at it."""
+LONG_USE_S = 20.0
+"""How long at most, where it is to miss its round: if others are gone as well, the round waits for this one."""
 NUM_PHRASES = 24
 """Typed with each watched release: a device says how its model does after 20 predictions."""
 
@@ -27,7 +29,9 @@ Say = Callable[[str, str], None]
 
 @dataclass
 class Interruption:
-    """Somebody picks up a phone that trains. `until_late`: for so long that its round closes without it.
+    """Somebody picks up a phone that trains, when `after` rounds are over.
+
+    `until_late`: for so long that its round closes without it.
 
     Whose phone it is depends on who trains when the time has come; if the training was faster, another one is tried.
     `disturbed`: devices that were picked up, by anybody; each is once at most.
@@ -37,6 +41,7 @@ class Interruption:
     disturbed: set[str]
     clock: Clock
     say: Say
+    after: int = 0
     until_late: bool = False
     is_over: bool = False
     _device: DemoDevice | None = None
@@ -47,7 +52,8 @@ class Interruption:
     def look(self, rounds_committed: int) -> None:
         """Do what is next, given how many rounds the task has committed."""
         if self._device is None:
-            self._pick_up()
+            if rounds_committed >= self.after:
+                self._pick_up()
         elif self._is_in_use:
             self._put_down(self._device, rounds_committed)
         else:
@@ -74,10 +80,9 @@ class Interruption:
     def _put_down(self, device: DemoDevice, rounds_committed: int) -> None:
         status = device.status()
         was_training = status is not None and status.num_pauses > 0
-        long_enough = self.clock.now() - self._picked_up_at >= IN_USE_S
-        if was_training and self.until_late and rounds_committed < self._round:
-            return
-        if long_enough:
+        in_use_s = self.clock.now() - self._picked_up_at
+        waits = was_training and self.until_late and rounds_committed < self._round
+        if in_use_s >= (LONG_USE_S if waits else IN_USE_S):
             device.put_down()
             self._is_in_use = False
             if not was_training:

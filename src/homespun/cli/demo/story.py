@@ -234,11 +234,13 @@ class Scenes:
     def __init__(self, stage: Stage, task_id: str, trainers: Sequence[DemoDevice]) -> None:
         self._stage, self._task_id = stage, task_id
         self._refusing = [d for d in trainers if d.is_newcomer or d.script == NEVER_CHARGING]
-        disturbed: set[str] = set()
-        self._interruptions = [
-            Interruption(trainers, disturbed, stage.clock, stage.screen.say, until_late)
-            for until_late in (() if stage.settings.exact else (False, True))
-        ]
+        self._interruptions: list[Interruption] = []
+        if not stage.settings.exact:
+            who = trainers, set[str](), stage.clock, stage.screen.say
+            self._interruptions = [
+                Interruption(*who),
+                Interruption(*who, after=2, until_late=True),
+            ]
 
     def look(self) -> None:
         """One look at everything, between two at the server."""
