@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -86,6 +87,20 @@ class Victim(Device):
             if "homespun.device.labour" in line and str(self.home.root) in line:
                 found.append(process)
         return found
+
+    def working_child(self) -> psutil.Process:
+        """A child that has read its job: it has its lifeline, too."""
+
+        def look() -> psutil.Process | None:
+            for child in self.children():
+                with suppress(psutil.NoSuchProcess):
+                    if child.num_threads() > 2:
+                        return child
+            return None
+
+        child = eventually(look, "a child works")
+        assert child is not None
+        return child
 
     def assert_clean(self) -> None:
         """Nothing of any session is left: no file, no process."""
@@ -226,8 +241,7 @@ def test_a_device_stops_its_work_when_the_goal_is_reached_without_it(
 
 def test_a_child_dies_with_its_parent_and_the_next_start_carries_on(server: Server, victim: Victim):
     start_endless_training(server, victim)
-    (child,) = eventually(victim.children, "the child is there")
-    eventually(lambda: child.num_threads() > 2, "it works: it has its lifeline, too")
+    child = victim.working_child()
     child.suspend()  # it can do nothing about it itself
     victim.kill()
     eventually(lambda: not child.is_running() or child.status() == "zombie", "the child is gone")
@@ -241,8 +255,7 @@ def test_a_child_that_is_killed_costs_the_session_and_not_the_device(
     server: Server, victim: Victim
 ):
     start_endless_training(server, victim)
-    (child,) = eventually(victim.children, "the child is there")
-    child.kill()
+    victim.working_child().kill()
     eventually(lambda: victim.outcomes() == [("train", 1, "void")], "the session is given up")
     (session,) = victim.status().sessions
     assert session.reason == "plan refused: the process that ran the plan ended by signal 9"
