@@ -39,7 +39,7 @@ def rates(text: str, model: str) -> list[float]:
 
 def test_the_demo_can_be_interrupted_and_still_ships_a_better_model(tmp_path):
     directory = tmp_path / "demo"
-    arguments = command(directory, "--rounds", "6")
+    arguments = command(directory, "--rounds", "8")
     # Tests that run in the background of a shell ignore it, and their children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as demo:
@@ -53,7 +53,7 @@ def test_the_demo_can_be_interrupted_and_still_ships_a_better_model(tmp_path):
     assert "interrupted" in rest
     assert processes_of(directory) == []
 
-    other = command(directory, "--rounds", "7")
+    other = command(directory, "--rounds", "9")
     refused = subprocess.run(other, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert refused.returncode == 1
     assert "unfinished demo with other settings" in refused.stderr
@@ -137,7 +137,7 @@ def assert_only_sums_were_seen(text: str, directory: Path) -> None:
     }
     committed = [view for view in rounds if view.committed_at is not None]
     opened = [g for view in rounds for g in view.groups if g.state is GroupState.OPENED]
-    assert len(committed) == 6 + 1 + 2 + 2  # training, test, two evaluations, two watches
+    assert len(committed) == 8 + 1 + 2 + 2  # training, test, two evaluations, two watches
     assert all(view.groups for view in committed)
     for view in committed:
         reported = [g.num_masked for g in view.groups if g.state is GroupState.OPENED]
