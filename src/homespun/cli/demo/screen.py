@@ -211,6 +211,6 @@ class Screen:
         self.say(
             "done", "the model got better, and every device that is ever charged serves it; try"
         )
-        able = next(device.root for device in devices if device.script != NEVER_CHARGING)
+        able = next(device.root for device in devices if not device.script)
         self.say("", f'./dev homespun device predict --dir {able} "this is the"')
         self.say("", f"./dev homespun device why --dir {able}")
