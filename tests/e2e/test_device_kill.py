@@ -89,12 +89,12 @@ class Victim(Device):
         return found
 
     def working_child(self) -> psutil.Process:
-        """A child that has read its job: it has its lifeline, too."""
+        """A child that has read its job: it has its lifeline, and then the memory limit that the job names."""
 
         def look() -> psutil.Process | None:
             for child in self.children():
                 with suppress(psutil.NoSuchProcess):
-                    if child.num_threads() > 2:
+                    if child.rlimit(psutil.RLIMIT_DATA)[0] != psutil.RLIM_INFINITY:
                         return child
             return None
 

@@ -189,6 +189,7 @@ def test_kill_while_groups_go_through_their_steps(world: RealWorld):
                 else:
                     step, body = member.answer(member.last)
                     time.sleep(member.device.index * 0.01)
+                    member.sent[step] = body
                     if forgetful.random() < 0.3:
                         member.put(step, body)  # the reply is lost on its way
                     if forgetful.random() < 0.5:
