@@ -39,7 +39,7 @@ NOT_BELOW_THE_SHELLS = frozenset(
     """.split()
 )
 ONLY_IN = {  # package -> files that may import it
-    "torch": ("plan/build.py", "plan/build/", "zoo/"),
+    "torch": ("plan/build.py", "plan/build/", "zoo/", "simulation/"),
     "onnx": ("plan/build.py", "plan/build/", "zoo/"),
     "onnxscript": ("plan/build.py", "plan/build/", "zoo/"),
     "onnxruntime": ("plan/engine.py",),
@@ -191,4 +191,4 @@ def test_files_stay_small():
     sources = {file: file.read_text() for file in SOURCE.rglob("*.py")}
     long = {file.name for file, text in sources.items() if len(text.splitlines()) > 600}
     assert long == set()
-    assert sum(lines_of_code(text) for text in sources.values()) < 20_000
+    assert sum(lines_of_code(text) for text in sources.values()) < 25_000

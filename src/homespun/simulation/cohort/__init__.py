@@ -1,0 +1,1 @@
+"""The cohort engine: the local training of many clients as one program."""

@@ -1,0 +1,51 @@
+"""What the engine is asked and what it gives, the same for every strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from homespun.learning.method import LocalResult, LocalRule, Method, Report, Sums, Vectors
+from homespun.learning.metrics import MetricSum
+from homespun.simulation.arena import Arena
+from homespun.simulation.batches import Batches
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The sums of some clients: `vectors` [d] and `numbers` as of `Report`, and loss and metrics over all steps,
+    each measured just before its step."""
+
+    vectors: dict[str, Tensor]
+    numbers: dict[str, float]
+    metrics: dict[str, MetricSum]
+
+
+class Engine(Protocol):
+    """Trains chunks of clients on one device. Parameters are flat float32 (float64 in tests) vectors [d]."""
+
+    def mean_path(
+        self, model: Tensor, batches: Batches, weights: Tensor, rule: LocalRule
+    ) -> Partial:
+        """`vectors["update"]` is the sum over clients of weights[c] * update_c: the path on which no client's own
+        parameters need to exist."""
+
+    def train(
+        self, model: Tensor, batches: Batches, rule: LocalRule
+    ) -> tuple[LocalResult, dict[str, MetricSum]]:
+        """Every client's own update [m, d]; rule's vectors are [d] or [m, d] in the order of `batches.clients`."""
+
+
+__all__ = [
+    "Arena",
+    "Engine",
+    "LocalResult",
+    "LocalRule",
+    "Method",
+    "Partial",
+    "Report",
+    "Sums",
+    "Vectors",
+]
