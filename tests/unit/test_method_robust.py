@@ -111,6 +111,8 @@ def test_squared_distances(kind):
     found = np.asarray(squared_distances(kind(rows)))
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert (found.diagonal() == 0).all()
+    alike = np.asarray(squared_distances(kind(1e4 + 1e-6 * rows)))  # below what a product resolves
+    assert (alike >= 0).all()
 
 
 @pytest.mark.parametrize("name", ["Median", "TrimmedMean", "Krum", "MultiKrum"])
