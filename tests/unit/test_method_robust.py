@@ -113,6 +113,10 @@ def test_squared_distances(kind):
     assert (found.diagonal() == 0).all()
     alike = np.asarray(squared_distances(kind(1e4 + 1e-6 * rows)))  # below what a product resolves
     assert (alike >= 0).all()
+    rows[:2] = 1e200
+    overflown = np.asarray(squared_distances(kind(rows)))
+    assert (overflown[:2] == np.inf).all()
+    np.testing.assert_allclose(overflown[2:, 2:], expected[2:, 2:], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["Median", "TrimmedMean", "Krum", "MultiKrum"])
