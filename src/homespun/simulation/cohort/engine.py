@@ -18,14 +18,17 @@ from homespun.learning.method import LocalResult, LocalRule
 from homespun.learning.metrics import MetricSum
 from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
-from homespun.simulation.cohort import evaluation, reference
+from homespun.simulation.cohort import evaluation, reference, tuning
+from homespun.simulation.cohort.cohort import Cohort, factorable
 from homespun.simulation.cohort.gather import Rows
 from homespun.simulation.cohort.local import Local, resolve
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.results import Partial
 from homespun.simulation.task import Task
 
-STRATEGIES = ("auto", "reference")
+STRATEGIES = ("auto", "reference", "sequential", "stacked", "factored")
+STACKED_CLIENTS = 32
+"""That many train together where a strategy is forced and no chunk is given."""
 
 
 class CohortEngine:
@@ -57,6 +60,7 @@ class CohortEngine:
         self.objective = Objective(task, self.device, dtype)
         self.rows = Rows(arena, task.scales, self.device, dtype)
         self.strategy, self.chunk, self.train_metrics = strategy, chunk, train_metrics
+        self._cohorts: dict[tuple[Any, ...], Cohort | None] = {}
 
     def initial(self) -> Tensor:
         """[d]: the parameters of the task's module, in the order of its `named_parameters`."""
@@ -122,16 +126,52 @@ class CohortEngine:
         self, batches: Batches, local: Local, totals: Totals, weights: Tensor | None
     ) -> Tensor:
         """Updates [m, d]; with weights [m]: their weighted sum [d]."""
-        clients, size = len(batches.clients), self.chunk or 64
-        parts = []
+        clients = len(batches.clients)
+        cohort = self._cohort(batches, local) if clients else None
+        size = self.chunk or 16 if cohort is None else cohort.chunk
+        mean = None if weights is None else torch.zeros_like(local.model)
+        parts = [local.model.new_zeros(0, self.objective.dimension)]
         for first in range(0, clients, size):
             last = min(first + size, clients)
             steps = self.rows.steps(batches, first, last)
-            update = reference.updates(
-                self.objective, steps, local.part(first, last), last - first, totals
-            )
-            parts.append(update if weights is None else weights[first:last] @ update)
-        return torch.cat(parts) if weights is None else torch.stack(parts).sum(0)
+            mine = local.part(first, last)
+            share = None if weights is None else weights[first:last]
+            if cohort is not None:
+                update = cohort.run(steps, mine, last - first, totals, mean, share)
+            else:
+                update = reference.updates(self.objective, steps, mine, last - first, totals)
+                if mean is not None and share is not None:
+                    mean += share @ update
+            if mean is None and update is not None:
+                parts.append(update)
+        return torch.cat(parts) if mean is None else mean
+
+    def _cohort(self, batches: Batches, local: Local) -> Cohort | None:
+        """The fastest way to train such clients, None: the reference. Found once for each kind of work.
+
+        Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with.
+        """
+        if self.strategy == "reference":
+            return None
+        scale = len(batches.clients).bit_length()
+        steps = int(batches.num_steps.max(initial=0)).bit_length()
+        kind = (local.linear, factorable(local), batches.rows.shape[2], scale, steps)
+        if kind not in self._cohorts:
+            self._cohorts[kind] = self._found(batches, local)
+        return self._cohorts[kind]
+
+    def _found(self, batches: Batches, local: Local) -> Cohort | None:
+        if self.strategy != "auto":
+            if not tuning.proven(self.task, self.arena, batches, local, self.strategy):
+                raise InvalidConfig(
+                    f"the strategy {self.strategy!r} cannot train this model with this method",
+                    hint="leave strategy at auto",
+                )
+            chunk = 1 if self.strategy == "sequential" else self.chunk or STACKED_CLIENTS
+            return tuning.build(self.objective, tuning.Choice(self.strategy, chunk))
+        return tuning.fastest(
+            self.task, self.arena, self.objective, self.rows, batches, local, self.chunk
+        )
 
     def _local(
         self, model: Tensor, batches: Batches, rule: LocalRule
