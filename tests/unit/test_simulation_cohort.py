@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from homespun.errors import InvalidConfig, ShapeMismatch
 from homespun.learning.method import LocalRule
@@ -110,6 +111,8 @@ def test_what_cannot_be_is_refused_with_its_name():
     data, given = arena(), task(Perceptron())
     with pytest.raises(InvalidConfig, match="unknown strategy"):
         CohortEngine(given, data, strategy="magic")
+    with pytest.raises(InvalidConfig, match="running statistics"):
+        CohortEngine(task(nn.Sequential(nn.BatchNorm1d(5))), data)
     with pytest.raises(InvalidConfig, match="not this model's"):
         engine(given, data).evaluate(torch.zeros(3))
     with pytest.raises(ShapeMismatch, match="correction"):

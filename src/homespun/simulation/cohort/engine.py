@@ -128,10 +128,11 @@ class CohortEngine:
         """Updates [m, d]; with weights [m]: their weighted sum [d]."""
         clients = len(batches.clients)
         cohort = self._cohort(batches, local) if clients else None
-        size = self.chunk or 16 if cohort is None else cohort.chunk
+        most = self.chunk or 16 if cohort is None else cohort.chunk
+        size = -(-clients // max(-(-clients // most), 1))  # chunks as equal as can be
         mean = None if weights is None else torch.zeros_like(local.model)
         parts = [local.model.new_zeros(0, self.objective.dimension)]
-        for first in range(0, clients, size):
+        for first in range(0, clients, max(size, 1)):
             last = min(first + size, clients)
             steps = self.rows.steps(batches, first, last)
             mine = local.part(first, last)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from homespun.errors import InvalidConfig, InvalidInput
 from homespun.learning.method import Layout
@@ -21,12 +22,18 @@ class Objective:
     """A task's functions on one device. The author's module itself is never touched: this has its own copy."""
 
     def __init__(self, task: Task, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises `InvalidConfig` for a module without parameters."""
+        """Raises `InvalidConfig` for a module without parameters, or with running statistics."""
         self.task = task
         self.module = copy.deepcopy(task.model).to(device, dtype)
         parameters = dict(self.module.named_parameters())
         if not parameters:
             raise InvalidConfig("the model has no parameters", hint="there is nothing to train")
+        for name, part in self.module.named_modules():
+            if isinstance(part, _NormBase) and part.track_running_stats:
+                raise InvalidConfig(
+                    f"layer {name!r} keeps running statistics, which are not parameters",
+                    hint="use GroupNorm or LayerNorm, or track_running_stats=False",
+                )
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.sizes = [parameter.numel() for parameter in parameters.values()]
         self.dimension = sum(self.sizes)

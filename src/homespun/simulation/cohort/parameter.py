@@ -140,7 +140,8 @@ class _Convolution(torch.autograd.Function):
             torch.conv2d(part, kernel, offset, *options)
             for part, kernel, offset in zip(parts, kernels, offsets, strict=True)
         ]
-        return torch.cat(results)
+        # With one input channel the results come with channels first, where pooling is several times slower.
+        return torch.cat(results).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,7 +229,8 @@ def _conv2d(
     rows = input.contiguous(memory_format=torch.channels_last)
     if weight.slot.clients == 1:
         arguments = (rows, weight, bias, stride, padding, dilation, groups)
-        return _alone(torch.conv2d, arguments, {})
+        result: Tensor = _alone(torch.conv2d, arguments, {})
+        return result.contiguous(memory_format=torch.channels_last)
     if isinstance(padding, str) or (bias is not None and not isinstance(bias, CohortParameter)):
         return NotImplemented
     pairs = tuple((n, n) if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation))
