@@ -6,8 +6,6 @@ n-th word is a mix of start + n * golden ratio. Words are uint64; arithmetic is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -33,20 +31,6 @@ def draw(starts: Words, numbers: AnyArray) -> Words:
 def uniform(starts: Words, numbers: AnyArray) -> npt.NDArray[np.float64]:
     """As `draw`, but points of [0, 1)."""
     return (draw(starts, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def draw_named(start: Words, names: Sequence[str] | AnyArray) -> Words:
-    """A word for each name [n]: it depends on the name alone, not on its place or its neighbours."""
-    texts = np.ascontiguousarray(names, np.str_)
-    width = texts.dtype.itemsize // 4
-    if not len(texts) or not width:
-        return np.repeat(start, len(texts))
-    points = texts.view(np.uint32).reshape(len(texts), width)
-    words = np.repeat(start, len(texts))
-    for column in points.T:
-        # Short names are padded with 0: padding changes nothing, so that the width does not matter.
-        words = np.where(column == 0, words, draw(words, column))
-    return _mixed(words)
 
 
 def _mixed(words: Words) -> Words:
