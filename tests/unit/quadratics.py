@@ -109,6 +109,8 @@ class Simulation:
     layout: Layout = field(default_factory=lambda: Layout({}))
     server: Any = None
     clients: Any = None
+    population: int = 0
+    """0: as many as the problem has clients."""
     sums: Sums | None = None
     """Of the last round."""
 
@@ -136,6 +138,7 @@ class Simulation:
         """One round of the clients of these chunks, index arrays; none: of all in one chunk."""
         m = len(self.problem.optimum)
         chunks = chunks or (np.arange(m),)
+        population = self.population or m
         reports = [self.report(who) for who in chunks]
         for who, report in zip(chunks, reports, strict=True):
             for name, rows in report.kept.items():
@@ -144,7 +147,11 @@ class Simulation:
         vectors = {n: sum(r.vectors[n].sum(0) for r in reports) for n in reports[0].vectors}
         numbers = {n: sum(float(r.numbers[n].sum()) for r in reports) for n in reports[0].numbers}
         n = sum(len(who) for who in chunks)
-        self.sums = Sums(vectors, numbers, n, m)
+        if self.method.combine is not None:
+            (report,) = reports  # it needs all of them together, and weights are equal
+            combined = self.method.combine(report.vectors["update"], report.numbers["weight"])
+            vectors, numbers = {"update": combined}, {"weight": 1.0}
+        self.sums = Sums(vectors, numbers, n, population)
         self.model, self.server = self.method.server_update(self.model, self.server, self.sums)
 
     def rounds(self, count: int):

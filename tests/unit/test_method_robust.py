@@ -43,7 +43,7 @@ def test_the_median_is_that_of_every_coordinate(n, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("n", "trim", "out"), [(10, 0.1, 1), (10, 0.25, 2), (30, 0.1, 3), (7, 0.0, 0), (3, 0.49, 1)]
+    ("n", "trim", "out"), [(10, 0.1, 1), (10, 0.25, 2), (100, 0.29, 29), (7, 0.0, 0), (3, 0.49, 1)]
 )
 def test_the_trimmed_mean_leaves_both_ends_out(n, trim, out, kind):
     rows = updates(n)
@@ -111,6 +111,12 @@ def test_squared_distances(kind):
     found = np.asarray(squared_distances(kind(rows)))
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert (found.diagonal() == 0).all()
+    alike = np.asarray(squared_distances(kind(1e4 + 1e-6 * rows)))  # below what a product resolves
+    assert (alike >= 0).all()
+    rows[:2] = 1e200
+    overflown = np.asarray(squared_distances(kind(rows)))
+    assert (overflown[:2] == np.inf).all()
+    np.testing.assert_allclose(overflown[2:, 2:], expected[2:, 2:], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["Median", "TrimmedMean", "Krum", "MultiKrum"])

@@ -207,3 +207,15 @@ def test_what_means_nothing_is_refused():
         list(split(make(), 0))
     with pytest.raises(InvalidInput, match="seed"):
         device_batches(OFFSETS, EVERYONE, [1], batch_size=5, local_epochs=1, max_rows=None)
+
+
+def test_a_hundred_thousand_clients_at_once():
+    sizes = np.random.default_rng(0).integers(1, 8, 100_000)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    found = make(np.arange(100_000), offsets, batch_size=4, local_epochs=1)
+    used = found.rows[found.present]
+    assert len(used) == offsets[-1]
+    assert (np.sort(used) == np.arange(offsets[-1])).all()
+    owners = np.searchsorted(offsets, found.rows, side="right") - 1
+    within = np.arange(len(found.clients)) < found.active[:, None]
+    assert (owners == found.clients[:, None])[within].all()

@@ -4,8 +4,9 @@ Median, TrimmedMean: Yin et al. 2018, "Byzantine-robust distributed learning: to
 definitions 1 and 2: of each coordinate by itself the median, or the mean without the `trim` n largest and smallest.
 
 Krum, MultiKrum: Blanchard et al. 2017, "Machine learning with adversaries: Byzantine tolerant gradient descent",
-section 4 and 5. Of n updates f may be false, n >= 2 f + 3. The score of an update is the sum of its squared distances
-to the n - f - 2 nearest others; Krum takes the one with the lowest score, MultiKrum the mean of the `select` lowest.
+section 4; the mean of several is in its experiments. Of n updates f may be false, n >= 2 f + 3. The score of an update
+is the sum of its squared distances to the n - f - 2 nearest others; Krum takes the one with the lowest score, MultiKrum
+the mean of the `select` lowest.
 
 Each needs all updates themselves, so it works without secure aggregation only. Clients weigh the same, since a client
 could claim any number of examples.
@@ -48,7 +49,7 @@ def trimmed_mean(trim: float, server: str, server_settings: Mapping[str, float])
 
     def combine(updates: Array) -> Array:
         n = len(updates)
-        out = int(trim * n + 1e-9)  # 0.1 * 30 is 3, whatever floating point says
+        out = int(trim * n + 1e-9)  # 0.29 of 100 are 29, whatever floating point says
         return in_order(updates)[out : n - out].mean(0)
 
     return _method("TrimmedMean", combine, server, server_settings)
