@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 import homespun
 from homespun.errors import Conflict, HomespunError, InvalidConfig, InvalidInput, NumericFailure
 from homespun.learning.contribution import ContributionCodec
+from homespun.learning.method import PLAIN, Report, _registry, method
 from homespun.rng import derive_seed, stream
 from homespun.simulation.batches import batches
 from homespun.simulation.checkpoints import Checkpoints
+from homespun.simulation.clients import ClientStore
 from homespun.simulation.cohort.engine import CohortEngine
 from homespun.simulation.history import read_history
 from homespun.simulation.stopping import EarlyStopping, Target
@@ -62,8 +65,6 @@ def client_updates(made, on, clients, seed, number):
             seed=seed,
             round_number=number,
         )
-        from homespun.learning.method import PLAIN
-
         result, _ = engine.train(engine.initial(), steps, PLAIN)
         found[client] = (result.update[0].numpy(), int(steps.num_examples[0]))
     return engine.initial().numpy(), found
@@ -273,3 +274,35 @@ def test_the_package_imports_without_pytorch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def counting():
+    """FedAvg whose clients keep how many steps they have made so far."""
+    averaging = method("FedAvg")
+
+    def report(model, server, clients, results):
+        (result,) = results
+        weight = result.num_examples
+        kept = {"steps": clients["steps"] + result.num_steps[:, None]}
+        return Report({"update": weight[:, None] * result.update}, {"weight": weight}, kept)
+
+    return replace(averaging, client_begin=lambda model: {"steps": model[:1] * 0}, report=report)
+
+
+def test_each_client_keeps_what_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(_registry, "counting", ("counting", counting, {}))
+    on, everybody, some = data(), np.arange(1, 12), np.array([9, 2, 5, 7])
+    run(
+        on=on,
+        rounds=3,
+        cohort=11,
+        shards=1,
+        method="counting",
+        participation=lambda number: some if number == 2 else everybody,
+        directory=tmp_path,
+    )
+    kept = ClientStore.of(Checkpoints(tmp_path / "checkpoints").load(3).clients)
+    steps = 2 * -(-np.minimum(on.num_rows[everybody], 10) // 4)
+    assert (np.diff(steps) > 0).any()  # so that the engine's order is not the cohort's
+    expected = steps * (2 + np.isin(everybody, some))
+    assert kept.take(everybody)["steps"][:, 0].tolist() == expected.tolist()
