@@ -20,6 +20,7 @@ from homespun.simulation.checkpoints import Checkpoints
 from homespun.simulation.clients import ClientStore
 from homespun.simulation.cohort.engine import CohortEngine
 from homespun.simulation.history import read_history
+from homespun.simulation.participation import Participation, Traces
 from homespun.simulation.stopping import EarlyStopping, Target
 from tests.unit.simulated import data, task
 
@@ -210,6 +211,26 @@ def test_dropped_clients_do_not_count():
     counts = [record.num_clients for record in result.history]
     assert 2 < np.mean(counts) < 6
     assert min(counts) >= 1
+
+
+def test_only_who_is_available_takes_part():
+    slots = np.zeros((12, 2), np.bool_)
+    slots[2:5, 0] = slots[7:9, 1] = True
+    everybody = run(rounds=4, cohort=9, availability=Traces(slots))
+    assert [record.num_clients for record in everybody.history] == [2, 3, 2, 3]
+    nobody = np.zeros((12, 1), np.bool_)
+    with pytest.raises(InvalidInput, match="round 1 has no client"):
+        run(availability=Traces(nobody))
+    with pytest.raises(InvalidConfig, match="said twice"):
+        run(dropout=0.1, participation=lambda number: np.array([1]))
+
+
+def test_more_clients_are_asked_than_reports_are_wanted():
+    draw = Participation(num_clients=12, seed=1, cohort_size=4, over_selection=2.0, drop_out=0.4)
+    for record in run(rounds=6, participation=draw).history:
+        assert record.num_clients <= 4
+        clients = draw.cohort(record.round).reporting
+        assert record.num_clients == len(clients[clients > 0])  # the first has no rows
 
 
 def test_numbers_that_are_not_finite_end_the_run_and_name_the_round(tmp_path):

@@ -12,6 +12,9 @@ _SHOWN = {
     "Arena": "arena",
     "EarlyStopping": "stopping",
     "Target": "stopping",
+    "Participation": "participation",
+    "Traces": "participation",
+    "DayNight": "participation",
 }
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from homespun.errors import InvalidConfig, InvalidInput
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.package import Plan
-from homespun.rng import stream
 from homespun.simulation.arena import Arena
 from homespun.simulation.checkpoints import Checkpoints
 from homespun.simulation.clients import Clients
 from homespun.simulation.history import RoundRecord
+from homespun.simulation.participation import Availability, Participation
 from homespun.simulation.progress import ProgressBar
 from homespun.simulation.run import CHECKPOINTS, Callback, Cohort, Ended, Files, Run
 from homespun.simulation.stopping import EarlyStopping, Target
@@ -92,8 +92,9 @@ def simulate(
     evaluate_every: int = 1,
     seed: int = 0,
     initial: Tree | None = None,
-    participation: Cohort | None = None,
+    participation: Participation | Cohort | None = None,
     dropout: float = 0.0,
+    availability: Availability | None = None,
     aggregation: Literal["float", "fixed-point", "secure"] = "float",
     clip_norm: float | None = None,
     max_weight: int = 0,
@@ -120,8 +121,9 @@ def simulate(
 
     `task`: a `Task`, a function that makes one (needed with `workers` if it holds what cannot travel), or a `Plan`,
     which is trained exactly as devices do. `data`: one client per entry. Each of `rounds` rounds trains `cohort`
-    clients, drawn without replacement from those that have rows, or given by `participation(round)`; each of them is
-    lost before it reports with the probability `dropout`.
+    clients, drawn without replacement from those that have rows and, by `availability`, can take part in that round;
+    each of them is lost before it reports with the probability `dropout`. `participation` says more about all of this
+    (over-selection, weights, ...), or is a function from the round to its clients.
 
     `method`, `method_settings`: of `homespun.learning.method`; for a plan those of a server optimizer. `initial`:
     parameters to begin with, by name; else the module's own. `aggregation`: `float`; `fixed-point`, the integers of a
@@ -147,8 +149,13 @@ def simulate(
             "engine and task do not fit", hint="the plan engine runs plans, the cohort engine tasks"
         )
     settings = dict(method_settings or {})
-    draw = participation or partial(_uniform, data, cohort, seed)
-    clients = partial(_remaining, draw, data, seed, dropout)
+    if participation is None:
+        participation = _uniform(data, cohort, seed, dropout, availability)
+    elif dropout or availability is not None:
+        raise InvalidConfig(
+            "dropout and availability are said twice", hint="say them in participation"
+        )
+    clients = partial(_reporting, participation, data)
     with ExitStack() as stack:
         module: nn.Module | None = None
         made: Any
@@ -281,23 +288,34 @@ def _refuse_for_plans(workers: int, aggregation: str, clip_norm: float | None) -
     )
 
 
-def _uniform(data: Arena, cohort: int, seed: int, number: int) -> Clients:
-    """`cohort` clients without replacement, all with the same probability."""
-    drawn: Clients = stream(seed, "cohort", number).choice(
-        np.flatnonzero(data.num_rows), cohort, replace=False
+def _uniform(
+    data: Arena, cohort: int, seed: int, dropout: float, availability: Availability | None
+) -> Participation:
+    """Clients that have rows, all with the same probability."""
+    has_rows = data.num_rows > 0
+    return Participation(
+        num_clients=data.num_clients,
+        seed=seed,
+        cohort_size=cohort,
+        weights=None if has_rows.all() else has_rows.astype(np.float64),
+        availability=availability,
+        drop_out=dropout,
     )
-    return np.sort(drawn)
 
 
-def _remaining(draw: Cohort, data: Arena, seed: int, dropout: float, number: int) -> Clients:
-    """Who reports: drawn, with rows, and not lost. At least one client, the first, always is."""
-    clients = np.sort(np.asarray(draw(number), np.int64))
-    clients = clients[data.num_rows[clients] > 0]
+def _reporting(draw: Participation | Cohort, data: Arena, number: int) -> Clients:
+    """Who reports in a round: drawn, with rows, and not lost. If all are lost, the first one is not."""
+    if isinstance(draw, Participation):
+        drawn = draw.cohort(number)
+        clients = drawn.reporting if len(drawn.reporting) else drawn.clients[:1]
+    else:
+        clients = np.asarray(draw(number), np.int64)
+    clients = np.sort(clients[data.num_rows[clients] > 0])
     if not len(clients):
-        raise InvalidInput(f"round {number} has no client with rows")
-    if dropout:
-        stays = stream(seed, "dropout", number).random(len(clients)) >= dropout
-        clients = clients[stays] if stays.any() else clients[:1]
+        raise InvalidInput(
+            f"round {number} has no client with rows",
+            hint="nobody may be available then: look at availability and participation",
+        )
     return clients
 
 
