@@ -107,7 +107,7 @@ def main() -> None:
     fedjax: Any = import_module("fedjax")
     task, steps = request.task, 0
 
-    class InOrder(fedjax.ClientDataset):  # type: ignore[misc, name-defined]
+    class InOrder(fedjax.ClientDataset):  # type: ignore[misc]
         def shuffle_repeat_batch(self, *_: Any, **__: Any) -> Any:
             nonlocal steps
             for batch in self.batch(batch_size=task.batch_size, drop_remainder=False):

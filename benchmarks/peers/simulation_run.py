@@ -34,6 +34,7 @@ class Request:
     device: str
     weights: Path | None
     cohort: int
+    order: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def parse_request() -> Request:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--clients", type=int, help="other than the task has")
     parser.add_argument("--cohort", type=int, help="clients of a round; without it all")
+    parser.add_argument("--order", choices=("stored", "homespun"), default="stored")
     given = parser.parse_args()
     task = TASKS[given.task]
     if given.clients:
@@ -72,6 +74,7 @@ def parse_request() -> Request:
         device=given.device,
         weights=given.weights,
         cohort=given.cohort or task.num_clients,
+        order=given.order,
     )
 
 
@@ -119,7 +122,8 @@ class Rounds:
         warm_up_s, *seconds = self._seconds
         assert len(seconds) == self._request.num_rounds, "a round was not measured"
         if self._request.weights is not None:
-            np.savez(self._request.weights, **{n: np.asarray(w) for n, w in weights.items()})
+            arrays: dict[str, Any] = {name: np.asarray(value) for name, value in weights.items()}
+            np.savez(self._request.weights, **arrays)
         result = Result(
             seconds=tuple(seconds),
             warm_up_s=warm_up_s,
