@@ -7,7 +7,7 @@ import sys
 import typer
 
 from homespun import __version__
-from homespun.cli import demo, device, doctor, models, populations, serve, tasks
+from homespun.cli import demo, device, doctor, models, populations, serve, simulate, tasks
 from homespun.cli.output import print_crash, print_failure
 from homespun.errors import HomespunError
 
@@ -23,6 +23,7 @@ serve.register(app)
 tasks.register(app)
 models.register(app)
 populations.register(app)
+simulate.register(app)
 doctor.register(app)
 app.add_typer(device.app, name="device", help="Be a device: enrol, run, predict.")
 

@@ -35,7 +35,7 @@ def _adaptive(
             m = b1 * state[f"m/{key}"] + (1 - b1) * update[key]
             v = second_moment(state[f"v/{key}"], np.square(update[key]))
             moments[f"m/{key}"], moments[f"v/{key}"] = m, v
-            moved[key] = (x[key] + rate * m / (np.sqrt(v) + t)).astype(np.float32)
+            moved[key] = (x[key] + rate * m / (np.sqrt(v) + t)).astype(x[key].dtype)
         return moved, moments
 
     return ServerOptimizer(name, init, apply)

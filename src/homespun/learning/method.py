@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 from typing import Any
 
-from homespun.errors import InvalidConfig
+from homespun.errors import InvalidConfig, NumericFailure
 
 Array = Any
 """A NumPy array or a PyTorch tensor: [d], [m], or [m, d]."""
@@ -63,8 +65,9 @@ PLAIN = LocalRule()
 class LocalResult:
     """What the m clients have after their steps.
 
-    `update` [m, d]: local parameters minus the start; `num_examples`, `num_steps` [m]; `learning_rate`: of the steps;
-    `losses` [m, k] and `choice` [m]: of the candidates; `gradient` [m, d]: if it was wanted.
+    `update` [m, d]: local parameters minus the start; `num_examples`, `num_steps` [m]: of the model's floating type
+    and at least 1, for who has no example takes no part; `learning_rate`: of the steps; `losses` [m, k] and `choice`
+    [m]: of the candidates; `gradient` [m, d]: if it was wanted.
     """
 
     update: Array
@@ -80,7 +83,8 @@ class LocalResult:
 class Report:
     """What the chunk's clients add to the sums, and what they keep for their next participation.
 
-    `vectors`: name -> [m, d]; `numbers`: name -> [m]; both are summed over the clients. `kept`: [m, d] each.
+    `vectors`: name -> [m, d]; `numbers`: name -> [m]; both are summed over the clients. `kept`: [m, ...] each, under
+    the names and of the shapes of `client_begin`.
     """
 
     vectors: Vectors
@@ -114,17 +118,27 @@ def equally(num_examples: Array, num_steps: Array) -> Mapping[str, Array]:
     return {"weight": num_examples * 0 + 1}
 
 
+def weighting(name: str) -> Weights:
+    """`examples` or `equal`, as settings say it. Raises `InvalidConfig` for anything else."""
+    known = {"examples": by_examples, "equal": equally}
+    if name not in known:
+        raise InvalidConfig(f"unknown weighting {name!r}", hint=f"one of: {', '.join(known)}")
+    return known[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One method.
 
-    `begin(model, layout)`: the server's vectors. `client_begin(model)`: vectors [d] that every client starts with.
+    `begin(model, layout)`: the server's vectors. `client_begin(model)`: vectors that every client starts with, nearly
+    always [d].
     `local(model, server, clients)`: one rule for each training that the client does in a round (nearly always one).
     `numbers`: what is known of a client before it trains; its `weight` is the factor of its update.
     `report(model, server, clients, results)`: None says that a client reports `weight * update` and `numbers`, and the
     engine then never needs to hold a client's own parameters. `server_update(model, server, sums)`: the next model and
     server's vectors, where `sums.vectors["update"]` is what was reported under that name.
-    `combine(updates [n, d], weights [n])`: instead of the sum, of all n clients of a round: plain mode only.
+    `combine(updates [n, d], weights [n])`: of all n clients of a round, instead of the weighted mean, so in plain mode
+    only. The server gets the result as if it were the sum of one client: `update`, with 1 as `weight`.
     `evaluated(model, server, clients)`: parameters [m, d] that these clients would predict with; None: the model.
     """
 
@@ -141,28 +155,84 @@ class Method:
     evaluated: Callable[[Array, Vectors, Vectors], Array] | None = None
 
 
+def reported(
+    method: Method,
+    model: Array,
+    server: Vectors,
+    clients: Vectors,
+    results: tuple[LocalResult, ...],
+) -> Report:
+    """What these clients add to the sums: by the method's `report`, or what its absence says."""
+    if method.report:
+        return method.report(model, server, clients, results)
+    numbers = method.numbers(results[0].num_examples, results[0].num_steps)
+    return Report({"update": numbers["weight"][:, None] * results[0].update}, numbers)
+
+
+def mean_update(sums: Sums) -> Array:
+    """[d], the weighted mean of what was reported as `update`. Raises `NumericFailure` if nothing was."""
+    weight = sums.numbers["weight"]
+    if weight <= 0:
+        raise NumericFailure("the sum holds no weight", weight=weight, clients=sums.num_clients)
+    return sums.vectors["update"] / weight
+
+
 Builder = Callable[..., Method]
-_registry: dict[str, tuple[Builder, dict[str, Any]]] = {}
+_registry: dict[str, tuple[str, Builder, dict[str, Any]]] = {}
 
 
 def register(build: Builder, name: str, **defaults: Any) -> None:
     """Make a method known by name, with the settings that it takes."""
-    _registry[name.lower()] = (build, defaults)
+    _registry[name.lower()] = (name, build, defaults)
 
 
 def names() -> tuple[str, ...]:
     """Names of all methods, for help and documentation."""
-    return tuple(sorted(_registry))
+    return tuple(sorted(name for name, _, _ in _registry.values()))
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The settings that a method takes. Raises `InvalidConfig` for an unknown name."""
+    return dict(_known(name)[2])
 
 
 def method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """Build a method. Raises `InvalidConfig` for an unknown name or setting."""
+    """Build a method. Raises `InvalidConfig` for an unknown name, or a setting that is unknown or makes no sense."""
+    name, build, default = _known(name)
+    settings = settings or {}
+    if unknown := sorted(settings.keys() - default.keys()):
+        raise InvalidConfig(
+            f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(default)}"
+        )
+    for key, value in settings.items():
+        _check_kind(name, key, default[key], value)
+    return build(**{**default, **settings})
+
+
+def require(fits: bool, name: str, setting: str, expected: str, got: Any) -> None:
+    """For builders. Raises `InvalidConfig` unless a setting `fits`."""
+    if not fits:
+        raise InvalidConfig(f"{name}: {setting} is out of range", expected=expected, got=str(got))
+
+
+def _known(name: str) -> tuple[str, Builder, dict[str, Any]]:
     if name.lower() not in _registry:
         raise InvalidConfig(f"unknown method {name!r}", hint=f"one of: {', '.join(names())}")
-    build, defaults = _registry[name.lower()]
-    settings = settings or {}
-    if unknown := sorted(settings.keys() - defaults.keys()):
-        raise InvalidConfig(
-            f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(defaults)}"
-        )
-    return build(**{**defaults, **settings})
+    return _registry[name.lower()]
+
+
+def _check_kind(name: str, setting: str, default: Any, value: Any) -> None:
+    """A setting is of its default's kind, so that builders need to look at the range only."""
+    boolean = isinstance(value, bool)
+    if isinstance(default, bool):
+        fits, kind = boolean, "true or false"
+    elif isinstance(default, int):
+        fits, kind = isinstance(value, int) and not boolean, "a whole number"
+    elif isinstance(default, float):
+        fits, kind = isinstance(value, Real) and not boolean and isfinite(value), "a finite number"
+    elif isinstance(default, str):
+        fits, kind = isinstance(value, str), "text"
+    else:
+        fits, kind = isinstance(value, Mapping), "settings by name"
+    if not fits:
+        raise InvalidConfig(f"{name}: {setting} must be {kind}", got=repr(value))

@@ -43,18 +43,19 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_registry))
 
 
+def defaults(name: str) -> dict[str, float]:
+    """The settings that an optimizer takes. Raises `InvalidConfig` for an unknown name."""
+    return dict(_known(name)[1])
+
+
 def server_optimizer(name: str, settings: Settings) -> ServerOptimizer:
     """Build the optimizer of a task description. Raises `InvalidConfig` for an unknown name or setting."""
-    if name.lower() not in _registry:
+    build, default = _known(name)
+    if unknown := sorted(settings.keys() - default.keys()):
         raise InvalidConfig(
-            f"unknown server optimizer {name!r}", hint=f"one of: {', '.join(names())}"
+            f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(default)}"
         )
-    build, defaults = _registry[name.lower()]
-    if unknown := sorted(settings.keys() - defaults.keys()):
-        raise InvalidConfig(
-            f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(defaults)}"
-        )
-    values = {**defaults, **settings}
+    values = {**default, **settings}
     for key, value in values.items():
         limit = 1.0 if key in _DECAYS else np.inf
         if not 0 <= value < limit:
@@ -64,6 +65,14 @@ def server_optimizer(name: str, settings: Settings) -> ServerOptimizer:
     if values.get("tau") == 0:
         raise InvalidConfig(f"{name}: tau must be above 0, it keeps the step finite", got=0.0)
     return build(**values)
+
+
+def _known(name: str) -> tuple[Callable[..., ServerOptimizer], dict[str, float]]:
+    if name.lower() not in _registry:
+        raise InvalidConfig(
+            f"unknown server optimizer {name!r}", hint=f"one of: {', '.join(names())}"
+        )
+    return _registry[name.lower()]
 
 
 def zeros(prefix: str, parameters: Tree) -> State:

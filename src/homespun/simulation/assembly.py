@@ -1,0 +1,96 @@
+"""Puts the rounds of a PyTorch task together: method, engine, shards, pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from homespun.errors import InvalidConfig
+from homespun.learning.method import method as method_of
+from homespun.simulation.arena import Arena
+from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
+from homespun.simulation.shards import Adding, Aggregation, Pool
+from homespun.simulation.spec import TrainerSpec
+from homespun.simulation.task import Task
+from homespun.simulation.workers import Workers
+
+
+def cohort_rounds(
+    stack: ExitStack,
+    task: Task | Callable[[], Task],
+    data: Arena,
+    evaluate_on: Arena | None,
+    *,
+    method: str,
+    settings: dict[str, Any],
+    seed: int,
+    aggregation: str,
+    clip_norm: float | None,
+    max_weight: int,
+    bits: int,
+    rotate: bool,
+    cohort: int,
+    workers: int,
+    shards: int | None,
+    strategy: str,
+    chunk: int | None,
+    train_metrics: bool,
+    device: str,
+) -> tuple[CohortRounds, nn.Module]:
+    """The rounds, and the module of their task; `stack` closes what they hold. Raises `InvalidConfig`."""
+    here = task if isinstance(task, Task) else task()
+    if aggregation not in set(Aggregation):
+        raise InvalidConfig(
+            f"unknown aggregation {aggregation!r}", hint=f"one of: {', '.join(Aggregation)}"
+        )
+    adding = Adding(
+        aggregation=Aggregation(aggregation),
+        clip_norm=clip_norm,
+        max_weight=max_weight,
+        bits=bits,
+        rotate=rotate,
+        max_group=max(cohort, 3),
+    )
+    rule = method_of(method, settings)
+    adding.check(rule)
+    spec = TrainerSpec(
+        task=task,
+        arena=data,
+        method=method,
+        settings=settings,
+        adding=adding,
+        seed=seed,
+        strategy=strategy,
+        chunk=chunk,
+        train_metrics=train_metrics,
+        device=device,
+    )
+    pool: Pool = Workers(spec, workers) if workers else spec.build()
+    stack.callback(pool.close)
+    own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
+    return CohortRounds(
+        method=rule,
+        pool=pool,
+        adding=adding,
+        shapes=[(name, tuple(p.shape)) for name, p in here.model.named_parameters()],
+        own=own,
+        population=data.num_clients,
+        seed=seed,
+        evaluator=_evaluator(spec, here, evaluate_on),
+        num_shards=shards,
+        device=device,
+    ), here.model
+
+
+def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:
+    """Means over all of `rows`, whoever they belong to; the engine that measures them is made once."""
+    engine = spec.engine(task, rows) if rows is not None else None
+
+    def evaluate(model: Tensor) -> dict[str, float]:
+        sums = engine.evaluate(model) if engine is not None else {}
+        return {name: value.mean for name, value in sums.items()}
+
+    return evaluate

@@ -1,0 +1,224 @@
+"""The cohort engine: a chunk of clients trains as one program, whichever strategy does it fastest.
+
+CohortEngine -> Rows (data) -> a strategy: reference | cohort | vmap -> update
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from homespun.errors import InvalidConfig
+from homespun.learning.method import LocalResult, LocalRule
+from homespun.learning.metrics import MetricSum
+from homespun.simulation.arena import Arena
+from homespun.simulation.batches import Batches
+from homespun.simulation.cohort import evaluation, reference, tuning
+from homespun.simulation.cohort.cohort import Cohort, factorable
+from homespun.simulation.cohort.gather import Rows
+from homespun.simulation.cohort.local import Local, resolve
+from homespun.simulation.cohort.objective import Objective, Totals
+from homespun.simulation.cohort.results import Partial
+from homespun.simulation.task import Task
+
+STRATEGIES = ("auto", "reference", "sequential", "stacked", "factored")
+STACKED_CLIENTS = 32
+"""That many train together where a strategy is forced and no chunk is given."""
+
+
+class CohortEngine:
+    """Trains a task's clients on one device; see `results.Engine`.
+
+    `strategy`: "auto" measures which is fastest, the others are forced; `chunk`: clients that train together.
+    `train_metrics`: measure the author's metrics before each step too, not only the loss.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        arena: Arena,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        strategy: str = "auto",
+        chunk: int | None = None,
+        train_metrics: bool = False,
+    ) -> None:
+        """Raises `InvalidConfig` for an unknown strategy or a chunk that is not positive."""
+        if strategy not in STRATEGIES:
+            raise InvalidConfig(
+                f"unknown strategy {strategy!r}", hint=f"one of: {', '.join(STRATEGIES)}"
+            )
+        if chunk is not None and chunk < 1:
+            raise InvalidConfig("chunk must be at least 1", got=chunk)
+        self.task, self.arena = task, arena
+        self.device, self.dtype = torch.device(device), dtype
+        self.objective = Objective(task, self.device, dtype)
+        self.rows = Rows(arena, task.scales, self.device, dtype)
+        self.strategy, self.chunk, self.train_metrics = strategy, chunk, train_metrics
+        self._cohorts: dict[tuple[Any, ...], Cohort | None] = {}
+
+    def initial(self) -> Tensor:
+        """[d]: the parameters of the task's module, in the order of its `named_parameters`."""
+        parts = [
+            parameter.detach().reshape(-1) for _, parameter in self.task.model.named_parameters()
+        ]
+        return torch.cat(parts).to(self.device, self.dtype)
+
+    def mean_path(
+        self, model: Tensor, batches: Batches, weights: Tensor, rule: LocalRule
+    ) -> Partial:
+        """See `results.Engine`."""
+        model = self._vector(model)
+        local, _, _ = self._local(model, batches, rule)
+        totals = self._totals()
+        weights = torch.as_tensor(weights).to(self.device, self.dtype)
+        update = self._train(batches, local, totals, weights)
+        return Partial({"update": update}, {}, totals.read())
+
+    def train(
+        self, model: Tensor, batches: Batches, rule: LocalRule
+    ) -> tuple[LocalResult, dict[str, MetricSum]]:
+        """See `results.Engine`."""
+        model = self._vector(model)
+        local, losses, choice = self._local(model, batches, rule)
+        totals = self._totals()
+        gradient = None
+        if rule.wants_gradient:
+            clients = len(batches.clients)
+            epoch = self._first_epoch(batches)
+            gradient = reference.gradients(
+                self.objective, self.rows.steps(epoch), local.start, clients
+            )
+        update = self._train(batches, local, totals, None)
+        result = LocalResult(
+            update=update,
+            num_examples=torch.from_numpy(batches.num_examples).to(self.device, self.dtype),
+            num_steps=torch.from_numpy(batches.num_steps).to(self.device, self.dtype),
+            learning_rate=self.task.optimizer.learning_rate,
+            losses=losses,
+            choice=choice,
+            gradient=gradient,
+        )
+        return result, totals.read()
+
+    def evaluate(
+        self, parameters: Tensor, clients: npt.NDArray[np.int64] | None = None
+    ) -> dict[str, MetricSum]:
+        """Loss and metrics over all rows of these clients (None: of all), with the model [d] or each with its own
+        parameters [m, d]."""
+        sums = self.evaluate_each(parameters, clients)
+        return {name: MetricSum(*each.sum(0).tolist()) for name, each in sums.items()}
+
+    def evaluate_each(
+        self, parameters: Tensor, clients: npt.NDArray[np.int64] | None = None
+    ) -> dict[str, Tensor]:
+        """Name -> [m, 2], float64: every client's sum and count of the loss and each metric."""
+        everyone = np.arange(self.arena.num_clients) if clients is None else np.asarray(clients)
+        parameters = self._vector(parameters)
+        return evaluation.measure(self.objective, self.arena, self.rows, parameters, everyone)
+
+    def _train(
+        self, batches: Batches, local: Local, totals: Totals, weights: Tensor | None
+    ) -> Tensor:
+        """Updates [m, d]; with weights [m]: their weighted sum [d]."""
+        clients = len(batches.clients)
+        cohort = self._cohort(batches, local) if clients else None
+        most = self.chunk or 16 if cohort is None else cohort.chunk
+        size = -(-clients // max(-(-clients // most), 1))  # chunks as equal as can be
+        mean = None if weights is None else torch.zeros_like(local.model)
+        parts = [local.model.new_zeros(0, self.objective.dimension)]
+        for first in range(0, clients, max(size, 1)):
+            last = min(first + size, clients)
+            steps = self.rows.steps(batches, first, last)
+            mine = local.part(first, last)
+            share = None if weights is None else weights[first:last]
+            if cohort is not None:
+                update = cohort.run(steps, mine, last - first, totals, mean, share)
+            else:
+                update = reference.updates(self.objective, steps, mine, last - first, totals)
+                if mean is not None and share is not None:
+                    mean += share @ update
+            if mean is None and update is not None:
+                parts.append(update)
+        return torch.cat(parts) if mean is None else mean
+
+    def _cohort(self, batches: Batches, local: Local) -> Cohort | None:
+        """The fastest way to train such clients, None: the reference. Found once for each kind of work.
+
+        Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with.
+        """
+        if self.strategy == "reference":
+            return None
+        scale = len(batches.clients).bit_length()
+        steps = int(batches.num_steps.max(initial=0)).bit_length()
+        kind = (local.linear, factorable(local), batches.rows.shape[2], scale, steps)
+        if kind not in self._cohorts:
+            self._cohorts[kind] = self._found(batches, local)
+        return self._cohorts[kind]
+
+    def _found(self, batches: Batches, local: Local) -> Cohort | None:
+        if self.strategy != "auto":
+            if not tuning.proven(self.task, self.arena, batches, local, self.strategy):
+                raise InvalidConfig(
+                    f"the strategy {self.strategy!r} cannot train this model with this method",
+                    hint="leave strategy at auto",
+                )
+            chunk = 1 if self.strategy == "sequential" else self.chunk or STACKED_CLIENTS
+            return tuning.build(self.objective, tuning.Choice(self.strategy, chunk))
+        return tuning.fastest(
+            self.task, self.arena, self.objective, self.rows, batches, local, self.chunk
+        )
+
+    def _local(
+        self, model: Tensor, batches: Batches, rule: LocalRule
+    ) -> tuple[Local, Tensor | None, Tensor | None]:
+        """The rule for this chunk; if there are candidates, their losses [m, k] and each client's choice [m]."""
+        clients = len(batches.clients)
+        if rule.candidates is None:
+            return resolve(rule, self.task.optimizer, model, clients), None, None
+        candidates = self._vector(torch.as_tensor(rule.candidates))
+        losses = torch.stack([self._losses(candidate, batches) for candidate in candidates], 1)
+        choice = losses.argmin(1)
+        rule = replace(rule, start=candidates[choice], candidates=None)
+        return resolve(rule, self.task.optimizer, model, clients), losses, choice
+
+    def _losses(self, parameters: Tensor, batches: Batches) -> Tensor:
+        """[m]: mean loss of each client's rows of the round."""
+        return reference.losses(
+            self.objective,
+            self.rows.steps(self._first_epoch(batches)),
+            parameters,
+            len(batches.clients),
+        )
+
+    def _first_epoch(self, batches: Batches) -> Batches:
+        """Every row of the round once."""
+        per_epoch = batches.num_steps // self.task.local_epochs
+        steps = int(per_epoch.max(initial=0))
+        inside = np.arange(steps)[:, None] < per_epoch
+        return replace(
+            batches,
+            rows=batches.rows[:steps],
+            present=batches.present[:steps] & inside[:, :, None],
+            active=inside.sum(1),
+            num_steps=per_epoch,
+        )
+
+    def _totals(self) -> Totals:
+        return Totals(self.objective.names(self.train_metrics))
+
+    def _vector(self, tensor: Any) -> Tensor:
+        """Raises `InvalidConfig` if it is not as long as the model."""
+        vector = torch.as_tensor(tensor).detach().to(self.device, self.dtype)
+        if vector.shape[-1] != self.objective.dimension:
+            raise InvalidConfig(
+                "these parameters are not this model's",
+                expected=self.objective.dimension,
+                got=vector.shape[-1],
+            )
+        return vector

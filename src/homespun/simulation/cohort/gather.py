@@ -1,0 +1,94 @@
+"""What one lockstep step sees: rows of the arena, gathered for all active clients at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from homespun.simulation.arena import Arena
+from homespun.simulation.batches import Batches
+
+GATHERED_BYTES = 64 * 2**20
+"""Rows of as many steps as fit are gathered by one operation."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """`batch`: name -> [active * B, ...], B rows of the chunk's first client, then B of the second, ...;
+    `weight` [active * B]: 1 where a row is present, else 0."""
+
+    batch: Mapping[str, Tensor]
+    weight: Tensor
+    active: int
+
+
+class Rows:
+    """The arena's rows as the model wants them: floats of `dtype` (times the input's scale), integers as int64."""
+
+    def __init__(
+        self, arena: Arena, scales: Mapping[str, float], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype, self.scales = device, dtype, scales
+        self._inputs = dict(arena.inputs)
+        self._row_bytes = sum(int(np.prod(array.shape[1:])) * 8 for array in self._inputs.values())
+        # An accelerator keeps the rows in its own memory: a step then moves indexes only.
+        self._resident: dict[str, Tensor] = {}
+        if device.type != "cpu":
+            self._resident = {name: _tensor(a).to(device) for name, a in self._inputs.items()}
+
+    def at(self, index: np.ndarray) -> dict[str, Tensor]:
+        """Rows of the arena: int64 [n] -> name -> [n, ...]."""
+        if self._resident:
+            rows = torch.from_numpy(index).to(self.device)
+            gathered = {name: tensor[rows] for name, tensor in self._resident.items()}
+        else:
+            gathered = {
+                name: _tensor(np.take(array, index, axis=0, mode="clip"))
+                for name, array in self._inputs.items()
+            }
+        return {name: self._converted(name, tensor) for name, tensor in gathered.items()}
+
+    def steps(self, batches: Batches, first: int = 0, last: int | None = None) -> Iterator[Step]:
+        """The steps of the clients `first` to `last` of `batches`, in order."""
+        last = len(batches.clients) if last is None else last
+        active = np.clip(batches.active - first, 0, last - first)
+        active = active[active > 0]
+        size = batches.rows.shape[2]
+        begin = 0
+        while begin < len(active):
+            end, room = begin + 1, GATHERED_BYTES // max(self._row_bytes, 1) - active[begin] * size
+            while end < len(active) and active[end] * size <= room:
+                room -= active[end] * size
+                end += 1
+            counts = active[begin:end]
+            inside = np.arange(last - first) < counts[:, None]
+            rows = self.at(batches.rows[begin:end, first:last][inside].reshape(-1))
+            present = batches.present[begin:end, first:last][inside].reshape(-1)
+            weight = torch.from_numpy(present).to(self.device, self.dtype)
+            sizes = (counts * size).tolist()
+            parts = {name: torch.split(tensor, sizes) for name, tensor in rows.items()}
+            weights = torch.split(weight, sizes)
+            for index, count in enumerate(counts.tolist()):
+                batch = {name: part[index] for name, part in parts.items()}
+                yield Step(batch, weights[index], count)
+            begin = end
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self.scales:
+            return tensor.to(self.dtype).mul_(self.scales[name])
+        if tensor.dtype == torch.bool:
+            return tensor
+        return tensor.to(self.dtype if tensor.dtype.is_floating_point else torch.int64)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype in (np.uint16, np.uint32):  # PyTorch can hold these but not index with them
+        array = array.astype(np.int32 if array.dtype == np.uint16 else np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a memory-mapped array that cannot be written
+        return torch.from_numpy(np.ascontiguousarray(array))

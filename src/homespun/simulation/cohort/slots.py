@@ -1,0 +1,245 @@
+"""One parameter of all clients of a chunk, and what a step's backward pass says about its gradient.
+
+A gradient is recorded in the form in which it arises and applied when the whole backward pass is over:
+
+    pairs    (left [a, R, o], right [a, R, i])    sum over R of left^T right, of matrix products
+    rows     (index [a, R], values [a, R, i])     values added to the rows `index`, of embeddings
+    dense    [a, *shape]                          everything else
+
+Here a is the number of active clients, a prefix of the chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Slot(Protocol):
+    """What the operations of a model need of a parameter."""
+
+    shape: torch.Size
+    clients: int
+    active: int
+
+    def product(self, rows: Tensor, flip: bool) -> Tensor:
+        """[a, R, i] -> rows @ W^T, [a, R, o]; flipped: [a, R, o] -> rows @ W."""
+
+    def record_pair(self, left: Tensor, right: Tensor) -> None: ...
+
+
+class Dense:
+    """Every client's own parameter, stacked: [m, *shape]."""
+
+    def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
+        self.shape, self.clients, self.active = shape, clients, clients
+        self.stack = like.new_empty(clients, *shape)
+        if len(shape) == 4:  # convolution on a CPU is fastest with channels last
+            flat = like.new_empty(clients * shape[0], *shape[1:])
+            flat = flat.contiguous(memory_format=torch.channels_last)
+            self.stack = flat.view(clients, *shape)
+        self.velocity: Tensor | None = None
+        self._leaf: Tensor | None = None
+        self._places = torch.arange(clients, device=like.device)[:, None]
+        self._forget()
+
+    def begin(self, start: Tensor) -> None:
+        """Every client at `start`: [n] or [m, n], flat."""
+        self.stack.copy_(start.reshape(-1, *self.shape))
+        self.velocity = None
+        self.active = self.clients
+        self._forget()
+
+    def now(self) -> Tensor:
+        """[a, *shape], for any differentiable operation; its gradient is taken from `.grad`."""
+        if self._leaf is None:
+            self._leaf = self.stack[: self.active].requires_grad_()
+        return self._leaf
+
+    def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
+        """[a, R, i] -> rows @ W^T + bias, [a, R, o]; flipped: [a, R, o] -> rows @ W + bias."""
+        if self.clients == 1:
+            matrix = self.stack[0] if flip else self.stack[0].t()
+            if bias is None:
+                return torch.mm(rows[0], matrix)[None]
+            return torch.addmm(bias.stack[0], rows[0], matrix)[None]
+        matrix = self.stack[: self.active]
+        matrix = matrix if flip else matrix.transpose(1, 2)
+        if bias is None:
+            return torch.bmm(rows, matrix)
+        return torch.baddbmm(bias.stack[: self.active].unsqueeze(1), rows, matrix)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """[a, R] -> [a, R, i]: rows of the parameter."""
+        if self.clients == 1:
+            return torch.nn.functional.embedding(index, self.stack[0])
+        return self.stack[self._places[: self.active], index]
+
+    def record_pair(self, left: Tensor, right: Tensor) -> None:
+        self._pairs.append((left, right))
+
+    def record_rows(self, index: Tensor, values: Tensor) -> None:
+        self._rows.append((index, values))
+
+    def record_dense(self, gradient: Tensor) -> None:
+        self._dense.append(gradient)
+
+    def gradient(self) -> Tensor:
+        """[a, *shape]: all that was recorded, in one tensor."""
+        gradient = torch.zeros_like(self.stack[: self.active])
+        self._add_recorded(gradient, beta=1.0, alpha=1.0)
+        return gradient
+
+    def descend(self, rate: float, shrink: float, drift: Tensor | None) -> None:
+        """W <- shrink * W - rate * gradient + drift, without a gradient in memory where that is possible."""
+        target = self.stack[: self.active]
+        self._add_recorded(target, beta=shrink, alpha=-rate)
+        if drift is not None:
+            target.add_(drift.reshape(-1, *self.shape)[: self.active])
+
+    def _add_recorded(self, target: Tensor, beta: float, alpha: float) -> None:
+        if self._leaf is not None and self._leaf.grad is not None:
+            self._dense.append(self._leaf.grad)
+        if beta != 1.0 and not self._pairs:
+            target.mul_(beta)
+        if self._pairs:
+            left, right = _joined(self._pairs)
+            if self.clients == 1:
+                target[0].addmm_(left[0].t(), right[0], beta=beta, alpha=alpha)
+            else:
+                target.baddbmm_(left.transpose(1, 2), right, beta=beta, alpha=alpha)
+        for index, values in self._rows:
+            if self.clients == 1:
+                target[0].index_add_(0, index[0], values[0], alpha=alpha)
+            else:  # [a * rows, i]: the first row of each client, then the index within it
+                place = self._places[: self.active] * self.shape[0] + index
+                table = target.view(-1, self.shape[1])
+                table.index_add_(0, place.view(-1), values.reshape(-1, self.shape[1]), alpha=alpha)
+        for dense in self._dense:
+            target.add_(dense, alpha=alpha)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._leaf = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._dense: list[Tensor] = []
+
+    def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
+        """`total` [n] += sum over clients of weights * (W - start)."""
+        if self.clients == 1:
+            flat = self.stack[0].reshape(-1)
+        else:
+            flat = weights @ self.stack.reshape(self.clients, -1)
+            weights = weights.sum() if start.dim() == 1 else weights
+        if start.dim() == 1 or self.clients == 1:
+            if self.clients == 1:
+                total.addcmul_(flat - start.view(-1), weights)
+            else:
+                total.add_(flat).sub_(weights * start)
+        else:
+            total.add_(flat).sub_(weights @ start)
+
+    def updates(self, start: Tensor) -> Tensor:
+        """[m, n]"""
+        return self.stack.reshape(self.clients, -1) - start
+
+
+class Factored:
+    """Plain SGD without any client's own matrix: W_c = keep * W_0 + sum over its history of left^T right.
+
+    For a linear layer every gradient is a product of two thin matrices, so that a client's layer after k steps is the
+    shared W_0 and k pairs. Products with W_0 are one matrix product for the whole cohort; the mean update is one per
+    step. Exact, also with weight decay and a proximal term towards W_0: both only scale W_0 and the history.
+    """
+
+    def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
+        self.shape, self.clients, self.active = shape, clients, clients
+        self._keep = [1.0]
+        self._left, self._right = (
+            like.new_empty(clients, 0, shape[0]),
+            like.new_empty(clients, 0, shape[1]),
+        )
+        self._parts: list[tuple[int, int, int]] = []
+        self._used = 0
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, start: Tensor) -> None:
+        """W_0, flat [n]."""
+        self.base = start.view(self.shape)
+        self._keep, self._parts, self._pairs, self._used = [1.0], [], [], 0
+        self._steps = torch.zeros(self.clients, dtype=torch.int64, device=start.device)
+        self.active = self.clients
+
+    def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
+        base = self.base if flip else self.base.t()
+        flat = rows.reshape(-1, rows.shape[2])
+        result = torch.mm(flat, base).view(*rows.shape[:2], -1)
+        if (keep := self._keep[-1]) != 1.0:
+            result.mul_(keep)
+        if self._used:
+            left = self._left[: self.active, : self._used]
+            right = self._right[: self.active, : self._used]
+            met, given = (left, right) if flip else (right, left)
+            result.baddbmm_(torch.bmm(rows, met.transpose(1, 2)), given)
+        if bias is not None:
+            result.add_(bias.stack[: self.active].unsqueeze(1))
+        return result
+
+    def record_pair(self, left: Tensor, right: Tensor) -> None:
+        self._pairs.append((left, right))
+
+    def descend(self, rate: float, shrink: float, pull: float) -> None:
+        """W <- shrink * W - rate * gradient + pull * W_0."""
+        active, used = self.active, self._used
+        if shrink != 1.0 and used:
+            self._left[:active, :used].mul_(shrink)
+        for left, right in self._pairs:
+            count = left.shape[1]
+            end = self._used + count
+            self._reserve(end)
+            torch.mul(left, -rate, out=self._left[:active, self._used : end])
+            self._left[active:, self._used : end].zero_()
+            self._right[:active, self._used : end] = right
+            self._right[active:, self._used : end].zero_()
+            self._parts.append((self._used, end, active))
+            self._used = end
+        self._pairs = []
+        self._keep.append(shrink * self._keep[-1] + pull)
+        self._steps[:active] += 1
+
+    def _reserve(self, rows: int) -> None:
+        if rows <= self._left.shape[1]:
+            return
+        for name in ("_left", "_right"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(self.clients, max(rows, 2 * old.shape[1]), old.shape[2])
+            new[:, : self._used] = old[:, : self._used]
+            setattr(self, name, new)
+
+    def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
+        target = total.view(self.shape)
+        for begin, end, active in self._parts:
+            left = self._left[:active, begin:end] * weights[:active, None, None]
+            right = self._right[:active, begin:end].reshape(-1, self.shape[1])
+            target.addmm_(left.reshape(-1, self.shape[0]).t(), right)
+        if any(keep != 1.0 for keep in self._keep):
+            target.add_(self.base * (weights @ self._kept()))
+
+    def updates(self, start: Tensor) -> Tensor:
+        left, right = self._left[:, : self._used], self._right[:, : self._used]
+        each = torch.bmm(left.transpose(1, 2), right)
+        return (each + self._kept()[:, None, None] * self.base).reshape(self.clients, -1)
+
+    def _kept(self) -> Tensor:
+        """[m]: keep - 1 after each client's own number of steps."""
+        return (self.base.new_tensor(self._keep) - 1)[self._steps]
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several products as one: the matrix is then read and written once."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1)

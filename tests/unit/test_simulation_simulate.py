@@ -1,0 +1,275 @@
+"""`homespun.simulate`: rounds give what their definition says, and a run that was cut off goes on to the same bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import homespun
+from homespun.errors import Conflict, HomespunError, InvalidConfig, InvalidInput, NumericFailure
+from homespun.learning.contribution import ContributionCodec
+from homespun.rng import derive_seed, stream
+from homespun.simulation.batches import batches
+from homespun.simulation.checkpoints import Checkpoints
+from homespun.simulation.cohort.engine import CohortEngine
+from homespun.simulation.history import read_history
+from homespun.simulation.stopping import EarlyStopping, Target
+from tests.unit.simulated import data, task
+
+METHODS = ("FedAvg", "FedAdam", "FedProx", "SCAFFOLD", "FedNova", "Ditto", "Median")
+
+
+def run(*, made=None, on=None, **words):
+    words = {
+        "rounds": 4,
+        "cohort": 5,
+        "seed": 3,
+        "progress": False,
+        "strategy": "reference",
+        **words,
+    }
+    return homespun.simulate(made or task(), on or data(), **words)
+
+
+def bits(result):
+    return {name: array.tobytes() for name, array in result.parameters.items()}
+
+
+def plain(record):
+    """A record without what a clock says."""
+    return {
+        name: getattr(record, name)
+        for name in record.__struct_fields__
+        if name not in ("time", "seconds")
+    }
+
+
+def client_updates(made, on, clients, seed, number):
+    """Each client's own update and its number of rows, by the engine, client after client."""
+    engine = CohortEngine(made, on, strategy="reference")
+    found = {}
+    for client in clients:
+        steps = batches(
+            on.offsets,
+            np.array([client]),
+            batch_size=made.batch_size,
+            local_epochs=made.local_epochs,
+            max_rows=made.max_rows,
+            seed=seed,
+            round_number=number,
+        )
+        from homespun.learning.method import PLAIN
+
+        result, _ = engine.train(engine.initial(), steps, PLAIN)
+        found[client] = (result.update[0].numpy(), int(steps.num_examples[0]))
+    return engine.initial().numpy(), found
+
+
+def flat(result):
+    return np.concatenate([array.reshape(-1) for array in result.parameters.values()])
+
+
+def test_a_round_is_the_weighted_mean_of_its_clients():
+    made, on, clients = task(), data(), np.array([2, 4, 9])
+    result = run(made=made, on=on, rounds=1, cohort=3, participation=lambda number: clients)
+    before, updates = client_updates(made, on, clients.tolist(), 3, 1)
+    weights = np.array([count for _, count in updates.values()], np.float64)
+    mean = weights @ np.stack([update for update, _ in updates.values()]) / weights.sum()
+    np.testing.assert_allclose(flat(result), before + mean, rtol=0, atol=1e-6)
+    (record,) = result.history
+    assert (record.num_clients, record.num_examples, record.weight) == (
+        3,
+        weights.sum(),
+        weights.sum(),
+    )
+    assert record.num_steps == sum(2 * -(-int(count) // 4) for count in weights)
+
+
+def test_fixed_point_is_the_arithmetic_of_devices():
+    made, on, clients = task(), data(), np.array([2, 4, 9])
+    words = {"clip_norm": 0.3, "max_weight": 8, "cohort": 3, "rounds": 1}
+    result = run(
+        made=made,
+        on=on,
+        participation=lambda number: clients,
+        aggregation="fixed-point",
+        **words,
+    )
+    before, updates = client_updates(made, on, clients.tolist(), 3, 1)
+    seed = derive_seed(3, 1, 1)
+    codec = ContributionCodec(
+        len(before), 0.3, 8, (), 3, bits=16, rotation_seed=derive_seed(seed, "rotation")
+    )
+    total = codec.empty()
+    for client, (update, count) in updates.items():
+        rng = stream(derive_seed(seed, str(client)), "rounding")
+        codec.add(total, codec.encode(update, count, {}, rng))
+    mean = codec.decode(total).mean_update
+    np.testing.assert_allclose(flat(result), before + mean, rtol=0, atol=1e-6)
+    assert result.history[0].clipped == codec.decode(total).clipped_share > 0
+    secure = run(
+        made=made, on=on, participation=lambda number: clients, aggregation="secure", **words
+    )
+    assert bits(secure) == bits(result)
+
+
+def test_clipping_bounds_every_update():
+    one = run(rounds=1, cohort=1, clip_norm=0.01)
+    before = flat(run(rounds=1, cohort=1, made=task(learning_rate=0.0)))
+    assert np.linalg.norm(flat(one) - before) == pytest.approx(0.01, rel=1e-4)
+    assert one.history[0].clipped == 1.0
+    loose = run(rounds=2, clip_norm=1e6)
+    np.testing.assert_allclose(flat(loose), flat(run(rounds=2)), rtol=0, atol=1e-6)
+
+
+def test_the_fastest_strategy_gives_the_same_to_rounding():
+    np.testing.assert_allclose(flat(run(strategy="auto")), flat(run()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, method):
+    words = {"method": method, "evaluate_on": data(4, seed=9), "evaluate_every": 2}
+    whole = run(**words)
+    for directory, rounds in ((tmp_path / "a", 2), (tmp_path / "b", 3)):
+        run(directory=directory, **{**words, "rounds": rounds})
+    # b: its last checkpoint is lost, its history goes further
+    lost = Checkpoints(tmp_path / "b" / "checkpoints")
+    for file in (lost.directory / "round-000003").iterdir():
+        file.unlink()
+    (lost.directory / "round-000003").rmdir()
+    for directory in (tmp_path / "a", tmp_path / "b"):
+        resumed = run(directory=directory, resume=True, **words)
+        assert bits(resumed) == bits(whole)
+        read = read_history(directory / "history.jsonl")
+        assert [r.round for r in read] == [1, 2, 3, 4]
+        assert [plain(r)["loss"] for r in read] == [plain(r)["loss"] for r in whole.history]
+    assert [bool(r.evaluation) for r in whole.history] == [False, True, False, True]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    first, again, other = run(), run(), run(seed=4)
+    assert bits(first) == bits(again)
+    assert [plain(r) for r in first.history] == [plain(r) for r in again.history]
+    assert bits(first) != bits(other)
+
+
+def test_shards_change_the_order_of_additions_only():
+    one, five = run(shards=1), run(shards=5)
+    assert [r.num_steps for r in one.history] == [r.num_steps for r in five.history]
+    np.testing.assert_allclose(flat(one), flat(five), rtol=0, atol=1e-5)
+
+
+def test_learning_is_measured_and_ends_when_the_target_is_reached(tmp_path):
+    result = run(
+        rounds=200,
+        evaluate_on=data(6, seed=1),
+        target=Target(metric="top1", value=0.8),
+        train_metrics=True,
+        directory=tmp_path,
+    )
+    assert 1 < len(result.history) < 200
+    assert result.metrics["evaluation.top1"] >= 0.8
+    assert set(result.history[-1].metrics) == {"top1"}
+    assert "target" in result.reason
+    again = run(
+        rounds=200,
+        evaluate_on=data(6, seed=1),
+        target=Target(metric="top1", value=0.8),
+        train_metrics=True,
+        directory=tmp_path,
+        resume=True,
+    )
+    assert bits(again) == bits(result)
+    assert again.best_round == result.best_round
+    model = result.model()
+    rows = data(6, seed=1).inputs
+    guess = model(torch.from_numpy(rows["x"])).argmax(1).numpy()
+    assert np.mean(guess == rows["y"]) == pytest.approx(result.metrics["evaluation.top1"])
+    assert result.best_parameters().keys() == result.parameters.keys()
+
+
+def test_early_stopping_keeps_the_best_round(tmp_path):
+    result = run(
+        rounds=50,
+        made=task(learning_rate=1e-9),
+        evaluate_on=data(3),
+        early_stopping=EarlyStopping(patience=3, min_delta=1.0),
+        directory=tmp_path,
+    )
+    assert len(result.history) == 4
+    assert "not become better" in result.reason
+
+
+def test_dropped_clients_do_not_count():
+    result = run(rounds=20, cohort=8, dropout=0.5, made=task(learning_rate=0.01))
+    counts = [record.num_clients for record in result.history]
+    assert 2 < np.mean(counts) < 6
+    assert min(counts) >= 1
+
+
+def test_numbers_that_are_not_finite_end_the_run_and_name_the_round(tmp_path):
+    calls: list[object] = []
+    with pytest.raises(NumericFailure, match=r"round \d+") as caught:
+        run(made=task(learning_rate=1e38), rounds=9, callbacks=[calls.append], directory=tmp_path)
+    assert "learning rate" in caught.value.hint
+    assert caught.value.details["round"] == len(calls) + 1
+    assert len(read_history(tmp_path / "history.jsonl")) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"cohort": 12}, "cohort is larger"),
+        ({"cohort": 0}, "cohort must be at least 1"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"method": "FedAvgg"}, "unknown method"),
+        ({"method_settings": {"momentum": 0.5}}, "no setting"),
+        ({"aggregation": "fixed-point"}, "clip_norm"),
+        ({"aggregation": "sum"}, "unknown aggregation"),
+        ({"aggregation": "fixed-point", "clip_norm": 1.0, "method": "SCAFFOLD"}, "SCAFFOLD"),
+        ({"aggregation": "fixed-point", "clip_norm": 1.0, "method": "FedNova"}, "FedNova"),
+        ({"clip_norm": 1.0, "method": "Median"}, "Median"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"strategy": "fastest"}, "unknown strategy"),
+        ({"engine": "plan"}, "do not fit"),
+        ({"resume": True}, "without a directory"),
+        ({"target": Target(metric="top5", value=1.0), "evaluate_on": data()}, "top5"),
+        ({"early_stopping": EarlyStopping(metric="top1")}, "top1"),
+        ({"shards": 0}, "shards"),
+        ({"aggregation": "secure", "clip_norm": 1.0, "cohort": 2}, "more clients"),
+        ({"initial": {"w": np.zeros(1, np.float32)}}, "parameter"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(words, said):
+    with pytest.raises(HomespunError, match=said):
+        run(**words)
+
+
+def test_a_directory_belongs_to_one_run(tmp_path):
+    run(directory=tmp_path, rounds=1)
+    with pytest.raises(Conflict, match="there is a simulation"):
+        run(directory=tmp_path, rounds=1)
+    with pytest.raises(Conflict, match="another seed"):
+        run(directory=tmp_path, resume=True, seed=4)
+    with pytest.raises(InvalidInput, match="no client"):
+        run(participation=lambda number: np.array([0]))
+    with pytest.raises(InvalidConfig, match="patience"):
+        EarlyStopping(patience=0)
+
+
+def test_the_package_imports_without_pytorch():
+    program = (
+        "import sys\n"
+        "for absent in ('torch', 'onnx', 'onnxscript'): sys.modules[absent] = None\n"
+        "import homespun, homespun.simulation, homespun.cli.main\n"
+        "assert homespun.__version__ and not hasattr(homespun, 'nothing')\n"
+        "from homespun.simulation import Arena\n"
+        "from homespun import Arena as same\n"
+        "assert Arena is same\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
