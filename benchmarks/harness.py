@@ -187,7 +187,7 @@ def peer_python(name: str, requirements: Sequence[str]) -> Path:
     python = home / "bin" / "python"
     if not ready.exists() or ready.read_text() != key:
         venv.create(home, clear=True, with_pip=True)
-        pip = [python, "-m", "pip", "install", "--no-input", *requirements]
+        pip = [str(python), "-m", "pip", "install", "--no-input", *requirements]
         with home.with_suffix(".log").open("w") as log:
             subprocess.run(pip, check=True, stdout=log, stderr=subprocess.STDOUT)
         ready.write_text(key)

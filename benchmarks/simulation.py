@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +95,9 @@ def parse_choices(argv: Sequence[str] | None = None) -> Choices:
     )
 
 
-def known(names: Mapping[str, object] | Sequence[str]) -> object:
+def known(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Reads a list of some of `names`."""
+
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(text.split(","))
         if unknown := [name for name in chosen if name not in names]:
