@@ -58,7 +58,7 @@ def batches_in_order(task: Task, data: Data, number: int) -> Iterator[list[Ints]
 def main() -> None:
     request = parse_request()
     torch.set_num_threads(1)
-    task, data = request.task, request.task.data()
+    task, data = request.task, request.data()
     rounds = Rounds(request, synchronize=lambda: synchronize(request.device))
 
     def next_round(record: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.peers.simulation_tasks import TASKS, Task
+from benchmarks.peers.simulation_tasks import TASKS, Data, Task
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Request:
     weights: Path | None
     cohort: int
     order: str
+    folder: Path | None
+
+    def data(self) -> Data:
+        return Data.load(self.folder) if self.folder else self.task.data()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def parse_request() -> Request:
     parser.add_argument("--clients", type=int, help="other than the task has")
     parser.add_argument("--cohort", type=int, help="clients of a round; without it all")
     parser.add_argument("--order", choices=("stored", "homespun"), default="stored")
+    parser.add_argument("--data", type=Path, help="folder with the clients' rows")
     given = parser.parse_args()
     task = TASKS[given.task]
     if given.clients:
@@ -75,6 +80,7 @@ def parse_request() -> Request:
         weights=given.weights,
         cohort=given.cohort or task.num_clients,
         order=given.order,
+        folder=given.data,
     )
 
 

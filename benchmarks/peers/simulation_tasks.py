@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import open_memmap
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -20,6 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Floats]
 
 FORWARD_BACKWARD = 3  # products of a layer: forward, gradient of its weights, gradient of its input
+BLOCK = 10_000  # rows that are made at a time
 FIRST_LAYER = 2  # nobody asks for the gradient of the data
 
 
@@ -157,6 +161,12 @@ class Data:
     def num_clients(self) -> int:
         return len(self.offsets) - 1
 
+    @classmethod
+    def load(cls, folder: Path) -> Data:
+        """What `Task.data` wrote there, memory-mapped."""
+        x, y = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in "xy")
+        return cls(x, y, np.load(folder / "offsets.npy"))
+
     def clients(self) -> Iterator[tuple[Floats | Ints, Ints]]:
         for begin, end in pairwise(self.offsets.tolist()):
             yield self.x[begin:end], self.y[begin:end]
@@ -179,24 +189,42 @@ class Task:
         )
         return np.concatenate(([0], np.cumsum(sizes)))
 
-    def data(self) -> Data:
-        """Learnable rows: noisy prototypes of classes that each client has in other shares, or Zipf's words."""
-        offsets, rng = self.offsets(), np.random.default_rng(2)
+    def data(self, folder: Path | None = None) -> Data:
+        """Learnable rows: noisy prototypes of classes that each client has in other shares, or Zipf's words. In
+        memory, or in files of `folder` where `Data.load` finds them.
+        """
+        offsets, rng, model = self.offsets(), np.random.default_rng(2), self.model
         num_rows = int(offsets[-1])
-        if isinstance(self.model, Lstm):
-            shares = np.arange(1, self.model.vocabulary + 1) ** -1.05
+        if isinstance(model, Lstm):
+            weights = np.arange(1, model.vocabulary + 1) ** -1.05
             words = np.searchsorted(
-                np.cumsum(shares / shares.sum()), rng.random((num_rows, self.model.length + 1))
-            ).clip(max=self.model.vocabulary - 1)
+                np.cumsum(weights / weights.sum()), rng.random((num_rows, model.length + 1))
+            ).clip(max=model.vocabulary - 1)
             x, y = np.ascontiguousarray(words[:, :-1]), np.ascontiguousarray(words[:, 1:])
             return Data(x, y, offsets)
-        shape, classes = self.model.input_shape, self.model.num_classes
+
+        def room(name: str, shape: tuple[int, ...], dtype: type) -> Any:
+            if folder is None:
+                return np.empty(shape, dtype)
+            return open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+
+        classes = model.num_classes
         shares = rng.dirichlet(np.full(classes, 0.3), self.num_clients).cumsum(1)
-        client = np.repeat(np.arange(self.num_clients), np.diff(offsets))
-        drawn = (shares[client] < rng.random((num_rows, 1))).sum(1).clip(max=classes - 1)
-        prototypes = 0.3 * rng.standard_normal((classes, *shape), np.float32)
-        noise = rng.standard_normal((num_rows, *shape), np.float32)
-        return Data(prototypes[drawn] + np.float32(0.5) * noise, drawn, offsets)
+        prototypes = 0.3 * rng.standard_normal((classes, *model.input_shape), np.float32)
+        x = room("x", (num_rows, *model.input_shape), np.float32)
+        y = room("y", (num_rows,), np.int64)
+        for begin in range(
+            0, num_rows, BLOCK
+        ):  # a million clients need no more memory than their rows
+            rows = np.arange(begin, min(begin + BLOCK, num_rows))
+            client = np.searchsorted(offsets, rows, side="right") - 1
+            drawn = (shares[client] < rng.random((len(rows), 1))).sum(1).clip(max=classes - 1)
+            noise = rng.standard_normal((len(rows), *model.input_shape), np.float32)
+            y[begin : begin + BLOCK] = drawn
+            x[begin : begin + BLOCK] = prototypes[drawn] + np.float32(0.5) * noise
+        if folder is not None:
+            np.save(folder / "offsets.npy", offsets)
+        return Data(x, y, offsets)
 
     def initial(self) -> Weights:
         """Weights with deviation 1 / sqrt(fan-in), biases 0.01, embedding 0.1."""

@@ -24,7 +24,7 @@ from benchmarks.peers.simulation_report import (
     verdict,
 )
 from benchmarks.peers.simulation_run import Result
-from benchmarks.peers.simulation_tasks import TASKS, Lstm
+from benchmarks.peers.simulation_tasks import BLOCK, TASKS, Data, Lstm
 from benchmarks.peers.simulation_torch import network
 from benchmarks.simulation import RunnerError, Side, parse_choices, train
 
@@ -60,6 +60,15 @@ def test_a_task_is_the_same_wherever_it_is_made():
     assert (len(sizes), sizes.min(), sizes.max()) == (100, 10, 30)
     assert task.num_steps() == sum(-(-size // 10) for size in sizes.tolist())
     assert first.y.max() == 9
+
+
+def test_rows_in_files_are_those_in_memory(tmp_path):
+    task = TASKS["tiny"].with_clients(600)  # more rows than are made at a time
+    task.data(tmp_path)
+    kept, made = Data.load(tmp_path), task.data()
+    assert len(made.y) > BLOCK
+    for name in ("x", "y", "offsets"):
+        assert np.array_equal(getattr(kept, name), getattr(made, name))
 
 
 def test_operations_are_those_of_the_products():
