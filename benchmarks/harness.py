@@ -61,6 +61,12 @@ class ChildRun:
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
     """Options from the command line."""
+    arguments = option_parser(description).parse_args(argv)
+    return Options(quick=arguments.quick, json=arguments.json)
+
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark that adds options of its own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,8 +74,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
         "--quick", action="store_true", help="small and short, to see that it works"
     )
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
-    arguments = parser.parse_args(argv)
-    return Options(quick=arguments.quick, json=arguments.json)
+    return parser
 
 
 def alternate(
@@ -82,19 +87,20 @@ def alternate(
         call()
         return time.perf_counter() - began
 
-    return _take_turns(sides, seconds, repeats, warmup)
+    return take_turns(sides, seconds, repeats, warmup)
 
 
 def alternate_commands(
     sides: Mapping[str, Sequence[str]], *, repeats: int, warmup: int = 1
 ) -> dict[str, list[ChildRun]]:
     """The same with processes: each side is a command line."""
-    return _take_turns(sides, run_child, repeats, warmup)
+    return take_turns(sides, run_child, repeats, warmup)
 
 
-def _take_turns(
+def take_turns(
     sides: Mapping[str, Side], measure: Callable[[Side], Result], repeats: int, warmup: int
 ) -> dict[str, list[Result]]:
+    """`measure(side)` as often as `repeats` says, the sides in order, then in reverse order, and so on."""
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for turn in range(-warmup, repeats):
         names = list(sides)
@@ -172,13 +178,17 @@ def report(results: Sequence[Row], options: Options) -> None:
 
 
 def peer_python(name: str, requirements: Sequence[str]) -> Path:
-    """The interpreter of an environment that holds `requirements`, made on first use."""
+    """The interpreter of an environment that holds `requirements`, made on first use; what pip said is in a log beside
+    it. Raises CalledProcessError if pip fails.
+    """
     key = hashlib.sha256("\n".join((sys.version, *requirements)).encode()).hexdigest()
     home = ENVIRONMENTS / name
     ready = home / "ready"
     python = home / "bin" / "python"
     if not ready.exists() or ready.read_text() != key:
         venv.create(home, clear=True, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        pip = [str(python), "-m", "pip", "install", "--no-input", *requirements]
+        with home.with_suffix(".log").open("w") as log:
+            subprocess.run(pip, check=True, stdout=log, stderr=subprocess.STDOUT)
         ready.write_text(key)
     return python

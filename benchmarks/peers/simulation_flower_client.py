@@ -1,0 +1,43 @@
+"""Flower's client: in a module of its own, since Flower's actors are processes that import it."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from benchmarks.peers.simulation_tasks import TASKS
+from benchmarks.peers.simulation_torch import clients, network
+
+TASK = "HOMESPUN_BENCHMARK_TASK"
+DEVICE = "HOMESPUN_BENCHMARK_DEVICE"
+
+flwr: Any = import_module("flwr.app")
+app: Any = import_module("flwr.clientapp").ClientApp()
+kept: dict[str, Any] = {}
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Any, context: Any) -> Any:
+    task, device = TASKS[os.environ[TASK]], os.environ[DEVICE]
+    if not kept:  # data and network stay in the actor
+        torch.set_num_threads(1)
+        kept.update(data=clients(task.data(), device), network=network(task, device))
+    net = kept["network"]
+    net.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    x, y = kept["data"][int(context.node_config["partition-id"])]
+    optimizer = torch.optim.SGD(net.parameters(), lr=task.learning_rate)
+    steps = 0
+    for begin in range(0, len(y), task.batch_size):
+        batch = slice(begin, begin + task.batch_size)
+        optimizer.zero_grad()
+        net.loss(x[batch], y[batch]).backward()
+        optimizer.step()
+        steps += 1
+    content = {
+        "arrays": flwr.ArrayRecord(net.state_dict()),
+        "metrics": flwr.MetricRecord({"num-examples": len(y), "steps": steps}),
+    }
+    return flwr.Message(content=flwr.RecordDict(content), reply_to=message)
