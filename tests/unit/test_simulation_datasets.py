@@ -110,6 +110,12 @@ def test_a_parquet_file_must_be_one_and_have_the_columns(tmp_path):
         from_parquet(tmp_path / "text.parquet", columns=COLUMNS)
 
 
+@pytest.mark.parametrize("dtype", ["pixel", "U3"])
+def test_a_column_is_of_numbers(dtype):
+    with pytest.raises(InvalidInput, match="no dtype"):
+        Column("pixels", dtype=dtype)
+
+
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InvalidInput, match=r'pip install "homespun\[parquet\]"'):
