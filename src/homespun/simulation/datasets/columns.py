@@ -24,6 +24,18 @@ class Column:
     shape: tuple[int, ...] = ()
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises `InvalidInput` for a dtype that is not one of numbers."""
+        try:
+            known = self.dtype is None or np.dtype(self.dtype).kind in "biuf"
+        except TypeError:
+            known = False
+        if not known:
+            raise InvalidInput(
+                f"column {self.name!r} has no dtype {self.dtype!r}",
+                hint="give a NumPy type of numbers such as uint8 or float32",
+            )
+
     @property
     def size(self) -> int:
         """Numbers per row."""
