@@ -1,6 +1,6 @@
 """The eager strategy: the module's own autograd for one client after another, without the reference's flat vectors.
 
-No model is slower with it than in a hand-written loop, and it can train whatever the reference can.
+It can train whatever the reference can.
 """
 
 from __future__ import annotations
