@@ -56,7 +56,7 @@ def terms(aggregation: Aggregation = Aggregation.PLAIN, **fields):
         "evaluation": EvaluationSpec(reports=reports(10, aggregation)),
         "stages": (Stage(fraction=0.25, soak_s=DAY_S), Stage(fraction=0.5, soak_s=DAY_S)),
         "watch": WatchSpec(
-            primary=0.5, latency_s=0.06, failed=0.6, reports=reports(10, aggregation)
+            primary=0.5, latency_s=0.06, failed=0.75, reports=reports(10, aggregation)
         ),
         **fields,
     }

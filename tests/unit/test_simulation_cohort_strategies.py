@@ -98,7 +98,7 @@ def equal(reference, subject, steps, rule):
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("strategy", ["sequential", "stacked"])
+@pytest.mark.parametrize("strategy", ["eager", "sequential", "stacked"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_strategy_takes_the_references_steps(name, strategy, terms):
     if (name, strategy) in LONE:
@@ -107,7 +107,7 @@ def test_a_strategy_takes_the_references_steps(name, strategy, terms):
     equal(reference, subject, steps, LocalRule(scale=0.7, proximal=0.2))
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "stacked"])
+@pytest.mark.parametrize("strategy", ["eager", "sequential", "stacked"])
 @pytest.mark.parametrize("terms", TERMS)
 def test_every_client_may_have_vectors_of_its_own(strategy, terms):
     steps, reference, subject = pair("digits", strategy, **TERMS[terms])

@@ -1,8 +1,7 @@
 """Which rows of the arena each client's steps see: whole chunks of clients at once, no Python per client.
 
 The order depends on (seed, round, client, epoch) alone: not on the strategy, the chunk or the worker. It is the rank
-of a counter-based hash of (seed, round, client, epoch, row), so that nothing is drawn in sequence. The finaliser is
-SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17).
+of a counter-based word of (seed, round, client, epoch, row), so that nothing is drawn in sequence.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import numpy.typing as npt
 
 from homespun import rng
 from homespun.errors import InvalidConfig, InvalidInput
+from homespun.simulation import counters
+from homespun.simulation.counters import Words
 
 Integers = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _OWNER_BITS = 24
 
 
@@ -264,8 +263,7 @@ def _fill(cohort: _Cohort, orders: Iterator[Integers]) -> Batches:
 
 
 def _client_keys(clients: Integers, seed: int, round_number: int) -> Words:
-    base = np.uint64(rng.derive_seed(seed, "batches", round_number))
-    return _mixed(base + _counter(clients))
+    return counters.draw(counters.begin(seed, "batches", round_number), clients)
 
 
 def _shuffled(client_keys: Words, epoch: int, owners: Integers, rows: Integers) -> Integers:
@@ -276,21 +274,10 @@ def _shuffled(client_keys: Words, epoch: int, owners: Integers, rows: Integers) 
         )
     # One SplitMix64 sequence per (client, epoch); row r has its r-th number. Owner and number in one
     # word sort many times faster than one after the other; equal numbers stay in the rows' order.
-    starts = _mixed(client_keys + _counter(np.array([epoch])))
-    numbers = _mixed(starts[owners] + _counter(rows)) >> np.uint64(_OWNER_BITS)
+    starts = counters.draw(client_keys, np.array([epoch]))
+    numbers = counters.draw(starts[owners], rows) >> np.uint64(_OWNER_BITS)
     words = owners.astype(np.uint64) << np.uint64(64 - _OWNER_BITS) | numbers
     return np.argsort(words, kind="stable")
-
-
-def _counter(numbers: Integers) -> Words:
-    return (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-
-
-def _mixed(words: Words) -> Words:
-    """A bijection of 64-bit words after which each bit depends on all bits; arithmetic is modulo 2^64."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -83,8 +83,7 @@ class Cohort:
         if not local.linear:
             self._descend_with_memory(local)
             return
-        rate, pull = optimizer.learning_rate, local.proximal + optimizer.proximal
-        shrink = 1 - optimizer.learning_rate * (pull + optimizer.weight_decay)
+        rate, pull, shrink = optimizer.learning_rate, local.pull, local.shrink
         for name, slot in self._slots.items():
             if isinstance(slot, Factored):
                 slot.descend(rate * local.scale, shrink, rate * pull)
@@ -93,17 +92,12 @@ class Cohort:
 
     def _drift(self, local: Local) -> dict[str, Tensor] | None:
         """What a step adds besides the gradient and a multiple of the parameters, if anything."""
-        drift = torch.zeros_like(local.model)
-        if local.proximal:
-            drift = drift + local.proximal * local.anchor
-        if local.optimizer.proximal:
-            drift = drift + local.optimizer.proximal * local.model
-        if local.correction is not None:
-            drift = drift - local.correction
-        elif not (local.proximal or local.optimizer.proximal):
-            return None
-        drift = local.optimizer.learning_rate * drift
-        return {name: drift[..., bounds] for name, bounds in self._slices.items()}
+        drift = local.drift()
+        return (
+            drift
+            if drift is None
+            else {name: drift[..., bounds] for name, bounds in self._slices.items()}
+        )
 
     def _descend_with_memory(self, local: Local) -> None:
         """Momentum and clipping need whole gradients; see `Local` for the terms and their order."""

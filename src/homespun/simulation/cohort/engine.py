@@ -1,6 +1,6 @@
 """The cohort engine: a chunk of clients trains as one program, whichever strategy does it fastest.
 
-CohortEngine -> Rows (data) -> a strategy: reference | cohort | vmap -> update
+CohortEngine -> Rows (data) -> a strategy: reference | eager | cohort -> update
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 from homespun.simulation.cohort import evaluation, reference, tuning
 from homespun.simulation.cohort.cohort import Cohort, factorable
+from homespun.simulation.cohort.eager import Eager
 from homespun.simulation.cohort.gather import Rows
 from homespun.simulation.cohort.local import Local, resolve
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.results import Partial
 from homespun.simulation.task import Task
 
-STRATEGIES = ("auto", "reference", "sequential", "stacked", "factored")
+STRATEGIES = ("auto", "reference", "eager", "sequential", "stacked", "factored")
 STACKED_CLIENTS = 32
 """That many train together where a strategy is forced and no chunk is given."""
 
@@ -60,7 +61,7 @@ class CohortEngine:
         self.objective = Objective(task, self.device, dtype)
         self.rows = Rows(arena, task.scales, self.device, dtype)
         self.strategy, self.chunk, self.train_metrics = strategy, chunk, train_metrics
-        self._cohorts: dict[tuple[Any, ...], Cohort | None] = {}
+        self._cohorts: dict[tuple[Any, ...], Cohort | Eager | None] = {}
 
     def initial(self) -> Tensor:
         """[d]: the parameters of the task's module, in the order of its `named_parameters`."""
@@ -147,7 +148,7 @@ class CohortEngine:
                 parts.append(update)
         return torch.cat(parts) if mean is None else mean
 
-    def _cohort(self, batches: Batches, local: Local) -> Cohort | None:
+    def _cohort(self, batches: Batches, local: Local) -> Cohort | Eager | None:
         """The fastest way to train such clients, None: the reference. Found once for each kind of work.
 
         Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with.
@@ -161,14 +162,14 @@ class CohortEngine:
             self._cohorts[kind] = self._found(batches, local)
         return self._cohorts[kind]
 
-    def _found(self, batches: Batches, local: Local) -> Cohort | None:
+    def _found(self, batches: Batches, local: Local) -> Cohort | Eager | None:
         if self.strategy != "auto":
             if not tuning.proven(self.task, self.arena, batches, local, self.strategy):
                 raise InvalidConfig(
                     f"the strategy {self.strategy!r} cannot train this model with this method",
                     hint="leave strategy at auto",
                 )
-            chunk = 1 if self.strategy == "sequential" else self.chunk or STACKED_CLIENTS
+            chunk = 1 if self.strategy in tuning.ALONE else self.chunk or STACKED_CLIENTS
             return tuning.build(self.objective, tuning.Choice(self.strategy, chunk))
         return tuning.fastest(
             self.task, self.arena, self.objective, self.rows, batches, local, self.chunk

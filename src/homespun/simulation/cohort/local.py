@@ -41,6 +41,25 @@ class Local:
         return not self.optimizer.momentum and not self.optimizer.max_grad_norm
 
     @property
+    def pull(self) -> float:
+        """How strongly a step is drawn to the anchor and the model."""
+        return self.proximal + self.optimizer.proximal
+
+    @property
+    def shrink(self) -> float:
+        """What a linear step multiplies the parameters with."""
+        return 1 - self.optimizer.learning_rate * (self.pull + self.optimizer.weight_decay)
+
+    def drift(self) -> Tensor | None:
+        """What a linear step adds besides the gradient and a multiple of the parameters, if anything: [d] or [m, d]."""
+        if self.correction is None and not (self.proximal or self.optimizer.proximal):
+            return None
+        drift = self.proximal * self.anchor + self.optimizer.proximal * self.model
+        if self.correction is not None:
+            drift = drift - self.correction
+        return self.optimizer.learning_rate * drift
+
+    @property
     def common(self) -> bool:
         """No client has a vector of its own."""
         own = (self.start, self.anchor, self.correction)

@@ -18,12 +18,15 @@ from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 from homespun.simulation.cohort import reference
 from homespun.simulation.cohort.cohort import Cohort, factorable
+from homespun.simulation.cohort.eager import Eager
 from homespun.simulation.cohort.gather import Rows
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.task import Task
 
 CHUNKS = (1, 4, 16, 64, 256)
+ALONE = ("eager", "sequential")
+"""Strategies that train one client after another."""
 STACKED_BYTES = 2**30
 FACTORED_SIZE = 8192
 """Smaller matrices are faster stacked."""
@@ -48,6 +51,7 @@ def factored_names(objective: Objective) -> frozenset[str]:
 
 def candidates(objective: Objective, local: Local, clients: int) -> Iterator[Choice]:
     """All that could be fastest, the simplest first."""
+    yield Choice("eager", 1)
     yield Choice("sequential", 1)
     each = objective.dimension * local.model.element_size()
     for chunk in CHUNKS[1:]:
@@ -59,8 +63,10 @@ def candidates(objective: Objective, local: Local, clients: int) -> Iterator[Cho
                 yield Choice("factored", min(chunk, clients))
 
 
-def build(objective: Objective, choice: Choice) -> Cohort:
+def build(objective: Objective, choice: Choice) -> Cohort | Eager:
     """Raises `Unsupported` or whatever the author's module raises."""
+    if choice.strategy == "eager":
+        return Eager(objective)
     names = factored_names(objective) if choice.strategy == "factored" else frozenset()
     return Cohort(objective, choice.chunk, names)
 
@@ -74,7 +80,7 @@ def proven(task: Task, arena: Arena, batches: Batches, local: Local, strategy: s
     rows = Rows(arena, task.scales, local.model.device, torch.float64)
     expected_totals, totals = Totals(("loss",)), Totals(("loss",))
     expected = reference.updates(objective, rows.steps(small), exact, count, expected_totals)
-    chunk = 1 if strategy == "sequential" else count
+    chunk = 1 if strategy in ALONE else count
     parts = []
     try:
         cohort = build(objective, Choice(strategy, chunk))
@@ -91,7 +97,7 @@ def proven(task: Task, arena: Arena, batches: Batches, local: Local, strategy: s
     return close and np.isclose(losses[0].sum, losses[1].sum, rtol=1e-9).item()
 
 
-def seconds_per_step(cohort: Cohort, rows: Rows, batches: Batches, local: Local) -> float:
+def seconds_per_step(cohort: Cohort | Eager, rows: Rows, batches: Batches, local: Local) -> float:
     """Seconds for one step of one client, the share of what a chunk costs once included."""
     clients = min(cohort.chunk, len(batches.clients))
     few = _few(batches, clients=clients, steps=3, size=batches.rows.shape[2], spread=False)
@@ -155,20 +161,20 @@ def fastest(
     batches: Batches,
     local: Local,
     chunk: int | None,
-) -> Cohort | None:
+) -> Cohort | Eager | None:
     """The fastest proven candidate; None where only the reference will do.
 
     `chunk` set: the only number of clients that is tried. Of a strategy, growing chunks are tried while that helps.
     """
     agrees: dict[str, bool] = {}
     given_up: set[str] = set()
-    best: Cohort | None = None
+    best: Cohort | Eager | None = None
     least = {"": float("inf")}
     for choice in candidates(objective, local, len(batches.clients)):
         name = choice.strategy
         if name in given_up:
             continue
-        if chunk is not None and (name == "sequential") == (chunk > 1):
+        if chunk is not None and (name in ALONE) == (chunk > 1):
             continue
         if name not in agrees:
             agrees[name] = proven(task, arena, batches, local, name)
