@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,21 +154,26 @@ def environment(device: str) -> dict[str, str]:
 
 def train(command: Sequence[str], weights: Path, device: str) -> Trained:
     """Runs it to its end. Raises `RunnerError` with its last words."""
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(device),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(device),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        stdout, stderr = child.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise RunnerError(f"no end after {TIMEOUT_S} s") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise RunnerError(" ".join(done.stderr.splitlines()[-3:]) or f"status {done.returncode}")
+    finally:
+        if child.poll() is None:  # it, and the processes that it started
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    lines = [line for line in stdout.splitlines() if line.startswith("{")]
+    if child.returncode or not lines:
+        raise RunnerError(" ".join(stderr.splitlines()[-3:]) or f"status {child.returncode}")
     with np.load(weights) as saved:
         return Trained(msgspec.convert(json.loads(lines[-1]), Result), dict(saved))
 
