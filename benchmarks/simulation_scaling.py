@@ -4,6 +4,9 @@
     memory              rounds of 100 clients out of 1,000 to 1,000,000, whose rows are memory-mapped files
     processes           rounds with one and with two: `ratio_to_floor` is 1 where two take half the time
 
+Resident pages of the files count as memory although the kernel can take them back: up to 2 MiB for each row touched,
+where files lie in large folios.
+
 Each measurement is a process of its own that runs `homespun.simulate` as `./dev bench simulation` does.
 """
 

@@ -97,10 +97,9 @@ def main() -> None:
     request = parse_request()
     threads = request.processes
     os.environ["JAX_PLATFORMS"] = "cuda" if request.device.startswith("cuda") else "cpu"
-    if threads == 1:
-        os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-        )
+    if threads == 1 and hasattr(os, "sched_setaffinity"):
+        # XLA heeds no setting for its threads any more, only how many cores it sees.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     jax: Any = import_module("jax")
     if not hasattr(jax, "tree_map"):  # FedJAX 0.0.17 asks for it; JAX moved it
         jax.tree_map = jax.tree_util.tree_map

@@ -14,8 +14,13 @@ from benchmarks.peers.simulation_run import Result
 from benchmarks.peers.simulation_tasks import Weights
 
 OURS, PFL, FLOWER = "homespun", "pfl", "Flower"
-TOLERANCE = 1e-4
-"""Of the largest movement of any weight: that far may weights end from the reference's."""
+TOLERANCE = 5e-3
+"""How far final weights may be from the reference's: L2 distance over how far training moved them.
+
+Rounding alone makes 1e-6 where networks are smooth. A ReLU or a maximum whose input is within rounding of its kink
+goes either way, and then one client in float32 ends 1e-2 away and the mean of 50 as much as 2e-3, whoever computes
+it (in float64 our strategies agree to 1e-14). A client forgotten or a batch cut wrong makes 1e-2 and more.
+"""
 DRAWS = 2000
 
 
@@ -59,7 +64,7 @@ ONE_GPU: Mapping[tuple[str, str], Goal] = {
 class Figure(Row):
     """A side of a task. `low` to `high`: 95 % of `ratio_to_peer`; `cpu_s` per round and `peak_bytes` of all the side's
     processes; `warm_up_s`: the first round with all compilation; `gemm_share`: of the machine's rate in matrix
-    products that the training's products alone reach; `load`: highest.
+    products that the training's products alone reach; `load`: highest; `apart`: largest `difference` of its weights.
     """
 
     minimum: float
@@ -71,31 +76,26 @@ class Figure(Row):
     flops_per_s: float
     gemm_share: float
     load: float
+    apart: float
 
 
 def difference(final: Weights, reference: Weights, initial: Weights) -> float:
-    """The largest distance of a weight from the reference's, over the largest movement of the reference."""
-    if final.keys() != reference.keys():
+    """L2 distance from the reference's weights, over how far these moved; infinite for other shapes."""
+    if {n: w.shape for n, w in final.items()} != {n: w.shape for n, w in reference.items()}:
         return math.inf
-    moved = max(float(np.abs(reference[name] - initial[name]).max()) for name in reference)
-    apart = max(
-        float(np.abs(final[name] - reference[name]).max())
-        if final[name].shape == reference[name].shape
-        else math.inf
-        for name in reference
-    )
-    return apart / moved if math.isfinite(apart) else math.inf
+
+    def distance(other: Weights) -> float:
+        return math.hypot(*(float(np.linalg.norm(other[n] - reference[n])) for n in reference))
+
+    return distance(final) / distance(initial)
 
 
-def refusal(
-    result: Result, final: Weights, reference: Weights, initial: Weights, steps: int
-) -> str | None:
-    """Why this must not be reported: it did not train the same thing."""
+def refusal(result: Result, apart: float, steps: int) -> str | None:
+    """Why this must not be reported: it did not train the same thing. `apart`: of `difference`."""
     if result.steps != steps:
         return f"{result.steps} SGD steps instead of {steps}"
-    apart = difference(final, reference, initial)
     if not apart <= TOLERANCE:
-        return f"weights end {apart:.1e} of the largest movement from the reference's"
+        return f"weights end {apart:.1e} of the way that training went from the reference's"
     return None
 
 
@@ -114,7 +114,12 @@ def ratio_interval(
 
 
 def figures(
-    case: str, sides: Mapping[str, Sequence[Result]], flops: int, gemm_rate: float, peer: str | None
+    case: str,
+    sides: Mapping[str, Sequence[Result]],
+    apart: Mapping[str, float],
+    flops: int,
+    gemm_rate: float,
+    peer: str | None,
 ) -> list[Figure]:
     """A row for each side; the floor is the time that the products alone take at `gemm_rate`."""
     made = []
@@ -145,6 +150,7 @@ def figures(
                 flops_per_s=flops / median,
                 gemm_share=flops / median / gemm_rate,
                 load=max(result.load for result in results),
+                apart=apart[side],
             )
         )
     return made
@@ -152,7 +158,7 @@ def figures(
 
 TABLE = (
     "| task | side | median ms | least | times faster than pfl (95 %) | CPU ms | GFLOP/s | of GEMM | first round s "
-    "| memory MB | load |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| memory MB | load | weights apart |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -165,7 +171,8 @@ def table(rows: Sequence[Figure]) -> str:
         lines.append(
             f"| {row.case} | {row.side} | {1e3 * row.median:.4g} | {1e3 * row.minimum:.4g} | {ratio} "
             f"| {1e3 * row.cpu_s:.4g} | {row.flops_per_s / 1e9:.3g} | {row.gemm_share:.0%} "
-            f"| {row.warm_up_s:.2g} | {row.peak_bytes / 1e6:.0f} | {row.load:.1f} |"
+            f"| {row.warm_up_s:.2g} | {row.peak_bytes / 1e6:.0f} | {row.load:.1f} "
+            f"| {row.apart:.0e} |"
         )
     return "\n".join(lines)
 

@@ -72,6 +72,7 @@ def through(layers: nn.ModuleList, x: Tensor) -> Tensor:
 
 def network(task: Task, device: str = "cpu") -> Network:
     """The task's network with its initial weights."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 for everybody
     kinds = {Mlp: MlpNetwork, Cnn: CnnNetwork, Lstm: LstmNetwork}
     made = cast(Network, kinds[type(task.model)](task.model))
     made.load_state_dict({name: torch.from_numpy(w) for name, w in task.initial().items()})

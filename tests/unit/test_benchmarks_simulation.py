@@ -109,22 +109,33 @@ def test_convolutions_go_to_jax_and_back():
 # --- what may be reported -------------------------------------------------------------------------------
 
 
-def test_a_distance_is_relative_to_the_largest_movement():
-    assert difference(moved(1e-3), REFERENCE, INITIAL) == pytest.approx(1e-3 / 2, rel=1e-3)
+def test_a_distance_is_relative_to_the_way_of_training():
+    way = np.sqrt(4 * 0.5**2 + 2 * 2.0**2)
+    assert difference(moved(1e-3), REFERENCE, INITIAL) == pytest.approx(1e-3 / way, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("by", "steps", "why"),
-    [(1e-4, 8, None), (3e-4, 8, "weights end"), (float("nan"), 8, "weights"), (0.0, 9, "8 SGD")],
+    [(4e-3, 8, None), (2e-2, 8, "weights end"), (float("nan"), 8, "weights"), (0.0, 9, "8 SGD")],
 )
 def test_who_trained_something_else_is_refused(by: float, steps: int, why: str | None):
-    reason = refusal(result(1.0), moved(by), REFERENCE, INITIAL, steps)
+    reason = refusal(result(1.0), difference(moved(by), REFERENCE, INITIAL), steps)
     assert reason is None if why is None else (reason or "").startswith(why)
 
 
 def test_other_parameters_are_refused():
     for final in ({"w": REFERENCE["w"]}, {**REFERENCE, "b": np.zeros(3, np.float32)}):
-        assert refusal(result(1.0), final, REFERENCE, INITIAL, 8)
+        assert refusal(result(1.0), difference(final, REFERENCE, INITIAL), 8)
+
+
+def test_a_forgotten_batch_of_one_client_is_refused():
+    """Of one client among 50, as large as the rest together: a fiftieth of its way is missing."""
+    rng = np.random.default_rng(0)
+    ways = rng.standard_normal((50, 100), np.float32)
+    mean = {"w": ways.mean(0)}
+    ways[0] *= 0.8
+    initial = {"w": np.zeros(100, np.float32)}
+    assert refusal(result(1.0), difference({"w": ways.mean(0)}, mean, initial), 8)
 
 
 def test_the_interval_of_a_ratio_follows_the_turns():
@@ -141,7 +152,9 @@ def test_ratios_floor_and_goals():
         "pfl": [result(8.0), result(12.0)],
         "Flower": [result(20.0), result(20.0)],
     }
-    rows = figures("tiny", sides, flops=10**6, gemm_rate=10**8, peer="pfl")
+    rows = figures(
+        "tiny", sides, dict.fromkeys(sides, 0.0), flops=10**6, gemm_rate=10**8, peer="pfl"
+    )
     ours = rows[0]
     assert (ours.median, ours.minimum, ours.raw) == (0.2, 0.1, (0.1, 0.3))
     assert ours.ratio_to_peer == pytest.approx(50)
@@ -157,7 +170,7 @@ def test_ratios_floor_and_goals():
 
 def test_on_a_gpu_the_fastest_of_several_counts():
     sides = {"homespun": [result(1.0)], "pfl": [result(9.0)], "pfl x4": [result(4.0)]}
-    rows = figures("mlp", sides, flops=1, gemm_rate=1.0, peer="pfl")
+    rows = figures("mlp", sides, dict.fromkeys(sides, 0.0), flops=1, gemm_rate=1.0, peer="pfl")
     assert "| mlp | pfl | 4.00 |" in goals(rows, {("mlp", "pfl"): Goal(1, 1)})
 
 
@@ -166,7 +179,7 @@ def test_the_plot_shows_every_side_of_every_task():
     rows = [
         row
         for task in ("tiny", "mlp")
-        for row in figures(task, sides, 1, gemm_rate=1.0, peer="pfl")
+        for row in figures(task, sides, dict.fromkeys(sides, 0.0), 1, gemm_rate=1.0, peer="pfl")
     ]
     drawn = ElementTree.fromstring(plot(rows))
     circles = drawn.findall("{*}circle")
