@@ -14,12 +14,10 @@ from benchmarks.peers.simulation_run import Result
 from benchmarks.peers.simulation_tasks import Weights
 
 OURS, PFL, FLOWER = "homespun", "pfl", "Flower"
-TOLERANCE = 5e-3
+TOLERANCE = 1e-4
 """How far final weights may be from the reference's: L2 distance over how far training moved them.
 
-Rounding alone makes 1e-6 where networks are smooth. A ReLU or a maximum whose input is within rounding of its kink
-goes either way, and then one client in float32 ends 1e-2 away and the mean of 50 as much as 2e-3, whoever computes
-it (in float64 our strategies agree to 1e-14). A client forgotten or a batch cut wrong makes 1e-2 and more.
+In float32 a task with convolutions may miss it, whoever computes it, and is refused then: up to 2e-3 has been seen.
 """
 DRAWS = 2000
 

@@ -116,7 +116,7 @@ def test_a_distance_is_relative_to_the_way_of_training():
 
 @pytest.mark.parametrize(
     ("by", "steps", "why"),
-    [(4e-3, 8, None), (2e-2, 8, "weights end"), (float("nan"), 8, "weights"), (0.0, 9, "8 SGD")],
+    [(2e-4, 8, None), (6e-4, 8, "weights end"), (float("nan"), 8, "weights"), (0.0, 9, "8 SGD")],
 )
 def test_who_trained_something_else_is_refused(by: float, steps: int, why: str | None):
     reason = refusal(result(1.0), difference(moved(by), REFERENCE, INITIAL), steps)
