@@ -11,7 +11,14 @@ import pytest
 import torch
 
 import homespun
-from homespun.errors import Conflict, HomespunError, InvalidConfig, InvalidInput, NumericFailure
+from homespun.errors import (
+    Conflict,
+    HomespunError,
+    InvalidConfig,
+    InvalidInput,
+    NumericFailure,
+    StorageFailure,
+)
 from homespun.learning.contribution import ContributionCodec
 from homespun.learning.method import PLAIN, Report, _registry, method
 from homespun.rng import derive_seed, stream
@@ -257,7 +264,6 @@ def test_numbers_that_are_not_finite_end_the_run_and_name_the_round(tmp_path):
         ({"clip_norm": 1.0, "method": "Median"}, "Median"),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"strategy": "fastest"}, "unknown strategy"),
-        ({"engine": "plan"}, "do not fit"),
         ({"resume": True}, "without a directory"),
         ({"target": Target(metric="top5", value=1.0), "evaluate_on": data()}, "top5"),
         ({"early_stopping": EarlyStopping(metric="top1")}, "top1"),
@@ -281,6 +287,12 @@ def test_a_directory_belongs_to_one_run(tmp_path):
         run(participation=lambda number: np.array([0]))
     with pytest.raises(InvalidConfig, match="patience"):
         EarlyStopping(patience=0)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageFailure, match="file/run cannot be made"):
+        run(directory=tmp_path / "file" / "run")
 
 
 def test_the_package_imports_without_pytorch():

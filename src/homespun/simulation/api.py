@@ -53,8 +53,7 @@ class Result:
         last = self.history[-1]
         evaluation = next((r.evaluation for r in reversed(self.history) if r.evaluation), {})
         return {
-            **({} if last.loss is None else {"loss": last.loss}),
-            **last.metrics,
+            **last.training,
             **{f"evaluation.{name}": value for name, value in evaluation.items()},
         }
 
@@ -108,7 +107,6 @@ def simulate(
     keep: int = 2,
     workers: int = 0,
     shards: int | None = None,
-    engine: Literal["cohort", "plan"] | None = None,
     device_seeds: Seeds | None = None,
     strategy: str = "auto",
     chunk: int | None = None,
@@ -143,11 +141,6 @@ def simulate(
     naming the round when numbers are not finite any more.
     """
     _check(data, rounds, cohort, evaluate_every, dropout, workers, checkpoint_every, keep, shards)
-    is_plan = isinstance(task, Plan)
-    if engine is not None and (engine == "plan") != is_plan:
-        raise InvalidConfig(
-            "engine and task do not fit", hint="the plan engine runs plans, the cohort engine tasks"
-        )
     settings = dict(method_settings or {})
     if participation is None:
         participation = _uniform(data, cohort, seed, dropout, availability)

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from homespun.errors import Conflict, InvalidConfig
+from homespun.errors import Conflict, InvalidConfig, StorageFailure
 from homespun.simulation.checkpoints import Checkpoints, Snapshot
 from homespun.simulation.history import History, RoundRecord
 from homespun.simulation.state import Rounds, Trained
@@ -100,7 +100,13 @@ class Run(Generic[S]):
         files = self.files
         if files is None:
             return self.rounds.begin(initial), 1, History()
-        files.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            files.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageFailure(
+                f"{files.directory} cannot be made: {error.strerror}",
+                hint="give a directory that can be written to",
+            ) from error
         checkpoints = files.checkpoints
         newest = checkpoints.newest(files.identity) if files.resume else None
         if newest is not None:
