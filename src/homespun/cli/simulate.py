@@ -54,6 +54,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
             f"simulations need the package {error.name}", hint="pip install 'homespun[author]'"
         ) from error
     from homespun.plan.package import Plan
+    from homespun.simulation.history import text
     from homespun.simulation.stopping import EarlyStopping, Target
 
     words = {
@@ -90,8 +91,9 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
         return
     rounds = len(result.history)
     seconds = sum(record.seconds for record in result.history)
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-    out.print(f"finished after {rounds} rounds, {seconds:.1f} s: {metrics}", markup=False)
+    out.print(
+        f"finished after {rounds} rounds, {seconds:.1f} s: {text(result.metrics)}", markup=False
+    )
     if result.reason:
         out.print(f"stopped early: {result.reason}", markup=False)
     checkpoint = where / "checkpoints" / f"round-{rounds:06d}" / "model.safetensors"
@@ -114,8 +116,7 @@ class _Says:
         if self._json:
             sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
         elif not sys.stderr.isatty() and record.round % self._every == 0:
-            loss = {} if record.loss is None else {"loss": record.loss}
-            line = f"round {record.round}: {text({**loss, **record.metrics})}"
+            line = f"round {record.round}: {text(record.training)}"
             line += f"; evaluation: {text(record.evaluation)}" if record.evaluation else ""
             out.print(line, markup=False)
 

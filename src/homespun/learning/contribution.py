@@ -10,7 +10,7 @@ aggregation, exactly these two vectors are masked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
@@ -193,6 +193,13 @@ class ContributionCodec:
         self._check_layout(contribution)
         self.fixed_point.add(total.main, contribution.main)
         np.add(total.aux, contribution.aux, out=total.aux)
+
+    def total(self, contributions: Iterable[Contribution]) -> Contribution:
+        """The sum of them all. Raises `ShapeMismatch`."""
+        total = self.empty()
+        for contribution in contributions:
+            self.add(total, contribution)
+        return total
 
     def _check_layout(self, contribution: Contribution) -> None:
         main, aux = contribution.main, contribution.aux

@@ -14,9 +14,9 @@ whatever device. A method is one file that makes one `Method` and makes it known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from numbers import Real
 from typing import Any
 
@@ -33,6 +33,15 @@ class Layout:
     """Where each parameter lies in the flat vector: name -> slice; the order is the model's."""
 
     slices: Mapping[str, slice]
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[str, Sequence[int]]]) -> Layout:
+        """Of parameters of these names and shapes, in order."""
+        slices, begin = {}, 0
+        for name, shape in shapes:
+            slices[name] = slice(begin, begin + prod(shape))
+            begin += prod(shape)
+        return cls(slices)
 
     @property
     def dimension(self) -> int:

@@ -1,4 +1,4 @@
-"""Simulation of many clients in one process or many: the fastest way to learn what will work on devices."""
+"""Simulation of many clients in one process or many: to learn what will work on devices before there are any."""
 
 from __future__ import annotations
 

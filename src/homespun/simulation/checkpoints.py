@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ Arrays = Mapping[str, AnyArray]
 class Snapshot:
     """The state after `round` rounds. `model`: name -> parameter; `server` and `clients`: any arrays.
 
-    `identity`: settings under which alone these arrays continue the same run; `stopping`: where early stopping is.
+    `identity`: settings under which alone these arrays continue the same run.
     """
 
     round: int
@@ -111,10 +111,6 @@ class Checkpoints:
         """The last checkpoint, None if there is none. Raises as `load`."""
         rounds = self.rounds()
         return self.load(rounds[-1], identity) if rounds else None
-
-    def after(self, number: int) -> Iterable[Path]:
-        """Checkpoints of later rounds than `number`."""
-        return [self._path(later) for later in self.rounds() if later > number]
 
     def _path(self, number: int) -> Path:
         return self.directory / f"round-{number:06d}"

@@ -12,17 +12,15 @@ from torch import Tensor
 from homespun.errors import NumericFailure
 from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.learning.method import Layout, Method, Sums, Vectors
-from homespun.rng import derive_seed
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.clients import Clients, ClientStore
 from homespun.simulation.secure import secure_sum
 from homespun.simulation.shards import Adding, Aggregation, Order, Pool, Shard, ShardSum, split
-from homespun.simulation.state import Trained, failure_of
+from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.tensors import tree as trees
 from homespun.tensors.tree import Shapes
 from homespun.types import AnyArray, Tree
 
-FIRST_ATTEMPT = 1
 Evaluate = Callable[[Tensor], dict[str, float]]
 
 
@@ -57,14 +55,14 @@ class CohortRounds:
         model = torch.from_numpy(trees.flatten(initial or self.own, self.shapes)).to(self.device)
         kept = self.method.client_begin(model) if self.method.client_begin else {}
         begin = {name: vector.cpu().numpy() for name, vector in kept.items()}
-        server = self.method.begin(model, self._layout)
+        server = self.method.begin(model, Layout.of(self.shapes))
         return CohortState(model, server, ClientStore(begin))
 
     def round(
         self, state: CohortState, number: int, cohort: Clients
     ) -> tuple[CohortState, Trained]:
         """Raises `NumericFailure` naming the round."""
-        seed = derive_seed(self.seed, number, FIRST_ATTEMPT)
+        seed = round_seed(self.seed, number)
         cohort = np.sort(cohort)
         shards = [
             Shard(clients, state.clients.take(clients) if state.clients.begin else {})
@@ -117,10 +115,7 @@ class CohortRounds:
     def _total(self, codec: ContributionCodec, total: ShardSum, number: int) -> Contribution:
         if self.adding.aggregation is Aggregation.SECURE:
             return secure_sum(codec, total.contributions, number)
-        summed = codec.empty()
-        for contribution in total.contributions:
-            codec.add(summed, contribution)
-        return summed
+        return codec.total(total.contributions)
 
     def evaluate(self, state: CohortState) -> dict[str, float]:
         return self.evaluator(state.model)
@@ -144,12 +139,3 @@ class CohortRounds:
     @staticmethod
     def _tensor(array: AnyArray, model: Tensor) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(model)
-
-    @property
-    def _layout(self) -> Layout:
-        slices, start = {}, 0
-        for name, shape in self.shapes:
-            stop = start + int(np.prod(shape))
-            slices[name] = slice(start, stop)
-            start = stop
-        return Layout(slices)

@@ -32,11 +32,14 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     clipped: float | None = None
     seconds: float
 
+    @property
+    def training(self) -> dict[str, float]:
+        """Loss, if it was measured, and metrics of training."""
+        return {**({} if self.loss is None else {"loss": self.loss}), **self.metrics}
+
     def value(self, name: str, evaluated: bool) -> float | None:
         """A metric, or `loss`: of the evaluation if `evaluated`, else of training; None if it was not measured."""
-        if evaluated:
-            return self.evaluation.get(name)
-        return self.loss if name == "loss" else self.metrics.get(name)
+        return (self.evaluation if evaluated else self.training).get(name)
 
 
 class History:

@@ -4,13 +4,13 @@ ONNX Runtime trains, the device's own codec encodes with the device's own seeds,
 has the hash that a deployment's has after the same rounds of the same devices: this is the reference that shows what
 will happen on devices, and what the faster cohort engine is held to. It trains one client after another.
 
-    round     derive_seed(seed, round, attempt = 1)             as the server derives it   server.aggregation
+    round     state.round_seed(seed, round)                     as the server derives it   server.aggregation
     device    derive_seed(round's seed, the device's seed)      as the device derives it   device.work
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,9 @@ from homespun.rng import derive_seed, stream
 from homespun.simulation.arena import Arena
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.secure import secure_sum
-from homespun.simulation.state import Trained, failure_of
+from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.tensors import tree as trees
 from homespun.types import Tree
-
-FIRST_ATTEMPT = 1
 
 
 def contribute(
@@ -95,9 +93,6 @@ class PlanRounds:
     secure: bool = False
     device_seeds: Sequence[int] | None = None
     evaluate_on: Arena | None = None
-    round_seed: Callable[[int, int], int] = lambda seed, number: derive_seed(
-        seed, number, FIRST_ATTEMPT
-    )
 
     def __post_init__(self) -> None:
         """Raises `InvalidConfig` or `ShapeMismatch` for data that do not fit the plan."""
@@ -127,7 +122,7 @@ class PlanRounds:
     def codec(self, number: int) -> ContributionCodec:
         """How the clients of a round encode."""
         manifest = self.plan.manifest
-        rotation = derive_seed(self.round_seed(self.seed, number), "rotation")
+        rotation = derive_seed(round_seed(self.seed, number), "rotation")
         return ContributionCodec(
             dimension=manifest.num_parameters,
             clip_norm=manifest.clip_norm,
@@ -152,7 +147,7 @@ class PlanRounds:
                 state.model,
                 rows_of(self.plan.manifest, self.arena, client),
                 codec,
-                round_seed=self.round_seed(self.seed, number),
+                round_seed=round_seed(self.seed, number),
                 device_seed=device_seed,
                 trainer=trainer,
             )
@@ -160,7 +155,7 @@ class PlanRounds:
             num_examples += result.num_examples
             num_steps += result.num_steps
         total = (
-            secure_sum(codec, contributions, number) if self.secure else add(codec, contributions)
+            secure_sum(codec, contributions, number) if self.secure else codec.total(contributions)
         )
         algorithm = Algorithm(self.plan.manifest.shapes, codec, self.optimizer)
         try:
@@ -187,11 +182,3 @@ class PlanRounds:
 
     def parameters(self, state: Snapshot) -> Tree:
         return state.model
-
-
-def add(codec: ContributionCodec, contributions: Sequence[Contribution]) -> Contribution:
-    """The sum, whatever the order."""
-    total = codec.empty()
-    for contribution in contributions:
-        codec.add(total, contribution)
-    return total

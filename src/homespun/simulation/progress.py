@@ -51,9 +51,5 @@ class ProgressBar:
     def __call__(self, record: RoundRecord) -> None:
         if record.evaluation:
             self._evaluation = f" | evaluation: {text(record.evaluation)}"
-        training = text(
-            {**({} if record.loss is None else {"loss": record.loss}), **record.metrics}
-        )
-        self._progress.update(
-            self._task, completed=record.round, numbers=training + self._evaluation
-        )
+        numbers = text(record.training) + self._evaluation
+        self._progress.update(self._task, completed=record.round, numbers=numbers)

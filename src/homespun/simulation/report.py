@@ -91,7 +91,7 @@ def summary(records: Sequence[RoundRecord], title: str) -> str:
         "",
         f"- {last.round} rounds in {seconds:.1f} s ({1000 * seconds / len(records):.1f} ms each)",
         f"- {clients} participations, {steps} local steps",
-        f"- training, last round: {_training(last)}",
+        f"- training, last round: {text(last.training)}",
     ]
     newest = next((r for r in reversed(records) if r.evaluation), None)
     if newest is not None:
@@ -102,11 +102,7 @@ def summary(records: Sequence[RoundRecord], title: str) -> str:
     every = -(-len(records) // 20)
     shown = [r for r in records if r.round % every == 0 or r is records[0] or r is last]
     lines += [
-        f"| {r.round} | {r.num_clients} | {_training(r)} | {text(r.evaluation)} | {1000 * r.seconds:.1f} |"
+        f"| {r.round} | {r.num_clients} | {text(r.training)} | {text(r.evaluation)} | {1000 * r.seconds:.1f} |"
         for r in shown
     ]
     return "\n".join(lines) + "\n"
-
-
-def _training(record: RoundRecord) -> str:
-    return text({**({} if record.loss is None else {"loss": record.loss}), **record.metrics})

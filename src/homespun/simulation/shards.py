@@ -196,10 +196,7 @@ class ShardTrainer:
             total.add(self._each(order, clients, kept))
         if self.adding.aggregation is Aggregation.FIXED_POINT:
             codec = self.adding.codec(len(model), order.seed)
-            summed = codec.empty()
-            for contribution in total.contributions:
-                codec.add(summed, contribution)
-            total.contributions = [summed]
+            total.contributions = [codec.total(total.contributions)]
         return total
 
     def _summable(self, rules: Sequence[LocalRule]) -> bool:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from homespun.errors import NumericFailure
 from homespun.learning.metrics import MetricSum
+from homespun.rng import derive_seed
 from homespun.simulation.checkpoints import Snapshot
 from homespun.types import Tree
 
@@ -52,6 +53,11 @@ class Rounds(Protocol[S]):
 
     def restore(self, snapshot: Snapshot) -> S:
         """The state that it was taken of."""
+
+
+def round_seed(seed: int, number: int) -> int:
+    """Of the first attempt at round `number`, as a server derives it; simulated rounds are never repeated."""
+    return derive_seed(seed, number, 1)
 
 
 def failure_of(number: int, what: str) -> NumericFailure:

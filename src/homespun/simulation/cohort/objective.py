@@ -41,11 +41,7 @@ class Objective:
 
     @property
     def layout(self) -> Layout:
-        slices, begin = {}, 0
-        for name, size in zip(self.shapes, self.sizes, strict=True):
-            slices[name] = slice(begin, begin + size)
-            begin += size
-        return Layout(slices)
+        return Layout.of(self.shapes.items())
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """[d] -> the named parameters; [m, d] -> each stacked, [m, *shape]."""

@@ -7,9 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from homespun.learning.method import LocalResult, LocalRule, Method, Report, Sums, Vectors
+from homespun.learning.method import LocalResult, LocalRule
 from homespun.learning.metrics import MetricSum
-from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 
 
@@ -36,16 +35,3 @@ class Engine(Protocol):
         self, model: Tensor, batches: Batches, rule: LocalRule
     ) -> tuple[LocalResult, dict[str, MetricSum]]:
         """Every client's own update [m, d]; rule's vectors are [d] or [m, d] in the order of `batches.clients`."""
-
-
-__all__ = [
-    "Arena",
-    "Engine",
-    "LocalResult",
-    "LocalRule",
-    "Method",
-    "Partial",
-    "Report",
-    "Sums",
-    "Vectors",
-]

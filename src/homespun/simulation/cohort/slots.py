@@ -11,23 +11,8 @@ Here a is the number of active clients, a prefix of the chunk.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
-
-
-class Slot(Protocol):
-    """What the operations of a model need of a parameter."""
-
-    shape: torch.Size
-    clients: int
-    active: int
-
-    def product(self, rows: Tensor, flip: bool) -> Tensor:
-        """[a, R, i] -> rows @ W^T, [a, R, o]; flipped: [a, R, o] -> rows @ W."""
-
-    def record_pair(self, left: Tensor, right: Tensor) -> None: ...
 
 
 class Dense:
