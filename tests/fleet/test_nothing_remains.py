@@ -48,7 +48,7 @@ def said():
     configuration = structlog.get_config()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
-    structlog.configure(processors=[handler.entry], cache_logger_on_first_use=False)
+    structlog.configure(processors=[handler.entry])
     yield handler
     structlog.configure(**configuration)
     root.removeHandler(handler)

@@ -1,5 +1,6 @@
 """Prose out of Python sources: a small library written here, and the real one."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,20 @@ def test_this_installation_has_enough_for_a_fleet() -> None:
     assert len(vocabulary.words) > 3000
     ids = vocabulary.encode(text)
     assert 0.05 < ids.count(vocabulary.unk_id) / len(ids) < 0.2
+
+
+def test_a_parser_that_was_disturbed_is_asked_again(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPython 3.11 raises SystemError if garbage is collected, and its finalizers parse, inside `ast.parse`."""
+    expected, parse, disturbed = docstrings(min_words=1, library=library), ast.parse, []
+
+    def disturbed_once(source: bytes) -> ast.Module:
+        if source not in disturbed:
+            disturbed.append(source)
+            raise SystemError("AST constructor recursion depth mismatch (before=150, after=200)")
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", disturbed_once)
+    assert docstrings(min_words=1, library=library) == expected
+    assert disturbed

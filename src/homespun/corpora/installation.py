@@ -185,7 +185,12 @@ def _parse(file: Path) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old files are not our business
-            return ast.parse(source)
+            try:
+                return ast.parse(source)
+            except SystemError:
+                # CPython 3.11 miscounts its depth if the garbage collector runs code that parses too, as the
+                # printing of a traceback does (python/cpython#106905). The garbage is gone now.
+                return ast.parse(source)
     except (SyntaxError, ValueError):
         return None
 
