@@ -1,10 +1,11 @@
 """How fast is a simulated round, against pfl, Flower, FedJAX and a plain PyTorch loop?
 
 Every side trains the same clients from the same weights in the same order, in its framework's fast way: data in
-memory, no evaluation, one round to warm up. Sides take turns, each turn a fresh process, in alternating order. A side
-is not reported if its final weights are not the plain loop's (see TOLERANCE in benchmarks/peers/simulation_report.py)
-or if it took another number of SGD steps. The floor is what the products of training cost at the rate of this
-machine's matrix products. Nobody is tied to a core: Flower's server and actors may use two where each has one thread.
+memory, no evaluation, one round to warm up. First each trains two rounds in float64, and is refused if its weights are
+then not the plain loop's (TOLERANCE in benchmarks/peers/simulation_report.py) or if it took another number of SGD
+steps. Then they take turns in float32, each turn a fresh process, in alternating order. The floor is what the products
+of training cost at the rate of this machine's matrix products. Nobody is tied to a core: Flower's server and actors
+may use two where each has one thread.
 
     --tasks tiny,mlp       some of the tasks (benchmarks/peers/simulation_tasks.py)
     --peers pfl,Flower     some of the peers: eager, pfl, Flower, FedJAX
@@ -38,6 +39,8 @@ from benchmarks.peers.simulation_report import (
     ONE_GPU,
     OURS,
     PFL,
+    ROUNDED,
+    TOLERANCE,
     Figure,
     difference,
     figures,
@@ -59,6 +62,8 @@ REQUIREMENTS: Mapping[str, Sequence[str]] = {
 }
 QUICK = ("tiny", "logreg", "mlp")
 QUICK_ROUNDS = 3
+PROOF_ROUNDS = 1
+"""In float64, after the one that warms up."""
 TIMEOUT_S = 900
 GPU_PROCESSES = (1, 2, 4, 8)
 
@@ -125,8 +130,10 @@ class Side:
     python: Path
     processes: int = 1
 
-    def command(self, task: str, rounds: int, device: str, weights: Path) -> list[str]:
-        arguments = [f"benchmarks.peers.simulation_{self.runner}", task]
+    def command(
+        self, task: str, rounds: int, device: str, weights: Path, dtype: str = "float32"
+    ) -> list[str]:
+        arguments = [f"benchmarks.peers.simulation_{self.runner}", task, f"--dtype={dtype}"]
         arguments += [f"--rounds={rounds}", f"--processes={self.processes}", f"--device={device}"]
         launcher = ["-m"]
         if self.runner == "pfl" and self.processes > 1:
@@ -228,52 +235,70 @@ class Benchmark:
         return made
 
     def measure(self, name: str) -> list[Figure]:
+        """Who trains the same thing as the plain loop, fastest of many turns."""
         choices, task = self.choices, TASKS[name]
         rounds = min(task.num_rounds, QUICK_ROUNDS) if choices.quick else task.num_rounds
-        steps, initial = task.num_steps() * (rounds + 1), task.initial()
-        references = self._references(name, rounds)
-        refused: dict[str, str] = {}
-        apart: dict[str, float] = {}
-
-        def measured(side: Side) -> Result | None:
-            if side.name in refused:
-                return None
-            weights = self.files / "weights.npz"
-            weights.unlink(missing_ok=True)
-            try:
-                trained = train(
-                    side.command(name, rounds, choices.device, weights), weights, choices.device
-                )
-            except RunnerError as error:
-                refused[side.name] = str(error)
-                return None
-            reference = references["homespun" if side.name == OURS else "stored"]
-            distance = difference(trained.weights, reference, initial)
-            apart[side.name] = max(distance, apart.get(side.name, 0.0))
-            reason = refusal(trained.result, distance, steps)
-            if reason:
-                refused[side.name] = reason
-            print(f"{name} {side.name}: {trained.result.seconds}", file=sys.stderr)
-            return trained.result
-
+        exact = Proof(self, name, PROOF_ROUNDS, "float64", TOLERANCE)
+        sides = [side for side in self.sides if exact.holds(side)]
+        rounded = Proof(self, name, rounds, "float32", ROUNDED)
         rate = gemm_rate(choices.cores, choices.device)
-        turns = take_turns({s.name: s for s in self.sides}, measured, choices.repeats, warmup=0)
-        self.left_out.extend(f"{name}, {side}: {why}" for side, why in refused.items())
+        turns = take_turns({s.name: s for s in sides}, rounded.holds, choices.repeats, warmup=0)
         kept = {
             side: [result for result in results if result is not None]
             for side, results in turns.items()
-            if side not in refused
+            if side not in rounded.refused
         }
+        apart = {side: (exact.apart[side], rounded.apart[side]) for side in kept}
         return figures(name, kept, apart, task.flops(), rate, peer=PFL)
 
-    def _references(self, name: str, rounds: int) -> dict[str, Weights]:
-        """The plain loop's weights in both orders, on the CPU."""
-        found, side = {}, Side(EAGER, "eager", Path(sys.executable))
-        for order in ("stored", "homespun"):
-            weights = self.files / f"{order}.npz"
-            command = side.command(name, rounds, "cpu", weights)
-            found[order] = train([*command, f"--order={order}"], weights, "cpu").weights
-        return found
+
+class Proof:
+    """That sides train the task to the weights of the plain loop on the CPU, within `tolerance`, in the order they
+    use.
+    """
+
+    def __init__(
+        self, benchmark: Benchmark, name: str, rounds: int, dtype: str, tolerance: float
+    ) -> None:
+        self._benchmark, self._name, self._rounds = benchmark, name, rounds
+        self._dtype, self._tolerance = dtype, tolerance
+        self._references = {order: self._reference(order) for order in ("stored", "homespun")}
+        self.refused: set[str] = set()
+        self.apart: dict[str, float] = {}
+
+    def holds(self, side: Side) -> Result | None:
+        """What it took; None if it failed or trained something else, now or before, which is told once."""
+        if side.name in self.refused:
+            return None
+        task, device = TASKS[self._name], self._benchmark.choices.device
+        try:
+            trained = self._trained(side, device)
+        except RunnerError as error:
+            self._refuse(side, str(error))
+            return None
+        reference = self._references["homespun" if side.name == OURS else "stored"]
+        distance = difference(trained.weights, reference, task.initial())
+        self.apart[side.name] = max(distance, self.apart.get(side.name, 0.0))
+        steps = task.num_steps() * (self._rounds + 1)
+        if reason := refusal(trained.result, distance, steps, self._tolerance):
+            self._refuse(side, reason)
+            return None
+        print(f"{self._name} {side.name} {self._dtype}: {trained.result.seconds}", file=sys.stderr)
+        return trained.result
+
+    def _refuse(self, side: Side, reason: str) -> None:
+        self.refused.add(side.name)
+        self._benchmark.left_out.append(f"{self._name}, {side.name}, {self._dtype}: {reason}")
+
+    def _reference(self, order: str) -> Weights:
+        loop = Side(EAGER, "eager", Path(sys.executable))
+        return self._trained(loop, "cpu", f"--order={order}").weights
+
+    def _trained(self, side: Side, device: str, *more: str) -> Trained:
+        weights = self._benchmark.files / "weights.npz"
+        weights.unlink(missing_ok=True)
+        command = side.command(self._name, self._rounds, device, weights, self._dtype)
+        return train([*command, *more], weights, device)
 
 
 def main() -> int:

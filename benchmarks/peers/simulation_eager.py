@@ -13,24 +13,24 @@ from torch import Tensor
 
 from benchmarks.peers.simulation_run import Rounds, parse_request
 from benchmarks.peers.simulation_tasks import Data, Task
-from benchmarks.peers.simulation_torch import clients, network, synchronize, weights_of
+from benchmarks.peers.simulation_torch import clients, inputs, network, synchronize, weights_of
 
 Batch = tuple[Tensor, Tensor]
 
 
-def stored(task: Task, data: Data, device: str) -> list[list[Batch]]:
+def stored(task: Task, data: Data, device: str, dtype: str) -> list[list[Batch]]:
     """Each client's batches."""
     size = task.batch_size
     return [
         [(x[begin : begin + size], y[begin : begin + size]) for begin in range(0, len(y), size)]
-        for x, y in clients(data, device)
+        for x, y in clients(data, device, dtype)
     ]
 
 
-def shuffled(task: Task, data: Data, device: str, number: int) -> Iterator[list[Batch]]:
+def shuffled(task: Task, data: Data, device: str, dtype: str, number: int) -> Iterator[list[Batch]]:
     from benchmarks.peers.simulation_homespun import batches_in_order
 
-    x, y = torch.from_numpy(data.x).to(device), torch.from_numpy(data.y).to(device)
+    x, y = inputs(data.x, device, dtype), torch.from_numpy(data.y).to(device)
     for batches in batches_in_order(task, data, number):
         yield [(x[rows], y[rows]) for rows in map(torch.from_numpy, batches)]
 
@@ -38,10 +38,10 @@ def shuffled(task: Task, data: Data, device: str, number: int) -> Iterator[list[
 def main() -> None:
     request = parse_request()
     torch.set_num_threads(request.processes)
-    task, device = request.task, request.device
+    task, device, dtype = request.task, request.device, request.dtype
     data = task.data()
-    cut = stored(task, data, device)
-    net = network(task, device)
+    cut = stored(task, data, device, dtype)
+    net = network(task, device, dtype)
     local = [parameter.data for parameter in net.parameters()]
     optimizer = torch.optim.SGD(net.parameters(), lr=task.learning_rate)
     rounds = Rounds(request, synchronize=lambda: synchronize(device))
@@ -51,7 +51,7 @@ def main() -> None:
         start = [parameter.clone() for parameter in local]
         mean = [torch.zeros_like(parameter) for parameter in local]
         own_order = request.order == "homespun"
-        for batches in shuffled(task, data, device, number) if own_order else cut:
+        for batches in shuffled(task, data, device, dtype, number) if own_order else cut:
             torch._foreach_copy_(local, start)
             for x, y in batches:
                 optimizer.zero_grad()

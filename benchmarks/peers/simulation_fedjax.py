@@ -27,12 +27,14 @@ def to_torch(weight: Any) -> Any:
     return np.transpose(weight, (3, 2, 0, 1)) if np.ndim(weight) == 4 else np.asarray(weight)
 
 
-def rows_of(task: Task) -> list[Arrays]:
+def rows_of(task: Task, dtype: str) -> list[Arrays]:
     """Each client's rows, images [n, side, side, channels]."""
-    image = isinstance(task.model, Cnn)
+    image, words = isinstance(task.model, Cnn), isinstance(task.model, Lstm)
     return [
         {
-            "x": np.ascontiguousarray(np.moveaxis(x, 1, -1)) if image else x,
+            "x": np.ascontiguousarray(
+                np.moveaxis(x, 1, -1) if image else x, None if words else dtype
+            ),
             "y": y.astype(np.int32),
         }
         for x, y in task.data().clients()
@@ -103,6 +105,7 @@ def main() -> None:
     jax: Any = import_module("jax")
     if not hasattr(jax, "tree_map"):  # FedJAX 0.0.17 asks for it; JAX moved it
         jax.tree_map = jax.tree_util.tree_map
+    jax.config.update("jax_enable_x64", request.dtype == "float64")
     fedjax: Any = import_module("fedjax")
     task, steps = request.task, 0
 
@@ -120,9 +123,14 @@ def main() -> None:
         fedjax.ShuffleRepeatBatchHParams(batch_size=task.batch_size, num_epochs=1),
     )
     key = jax.random.PRNGKey(0)
-    clients = [(str(number), InOrder(rows), key) for number, rows in enumerate(rows_of(task))]
+    clients = [
+        (str(number), InOrder(rows), key)
+        for number, rows in enumerate(rows_of(task, request.dtype))
+    ]
     initial: Weights = task.initial()
-    state = algorithm.init({n: jax.numpy.asarray(to_jax(w)) for n, w in initial.items()})
+    state = algorithm.init(
+        {n: jax.numpy.asarray(to_jax(w), request.dtype) for n, w in initial.items()}
+    )
     rounds = Rounds(request)
     for _ in range(request.num_rounds + 1):
         rounds.begin()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.simulation_flower_client import DEVICE, TASK, app
+from benchmarks.peers.simulation_flower_client import DEVICE, DTYPE, TASK, app
 from benchmarks.peers.simulation_run import Request, Rounds, parse_request
 from benchmarks.peers.simulation_torch import network
 
@@ -51,6 +51,7 @@ class Timed(FedAvg):  # type: ignore[misc]
 def main() -> None:
     request = parse_request()
     os.environ[TASK], os.environ[DEVICE] = request.name, request.device
+    os.environ[DTYPE] = request.dtype
     torch.set_num_threads(1)
     server: Any = import_module("flwr.serverapp").ServerApp()
     arrays: Any = import_module("flwr.app").ArrayRecord
@@ -60,7 +61,7 @@ def main() -> None:
         strategy = Timed(request)
         last = strategy.start(
             grid=grid,
-            initial_arrays=arrays(network(request.task).state_dict()),
+            initial_arrays=arrays(network(request.task, dtype=request.dtype).state_dict()),
             num_rounds=request.num_rounds + 1,
         )
         strategy.rounds.end()

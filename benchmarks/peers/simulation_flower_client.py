@@ -13,6 +13,7 @@ from benchmarks.peers.simulation_torch import clients, network
 
 TASK = "HOMESPUN_BENCHMARK_TASK"
 DEVICE = "HOMESPUN_BENCHMARK_DEVICE"
+DTYPE = "HOMESPUN_BENCHMARK_DTYPE"
 
 flwr: Any = import_module("flwr.app")
 app: Any = import_module("flwr.clientapp").ClientApp()
@@ -21,10 +22,11 @@ kept: dict[str, Any] = {}
 
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Any, context: Any) -> Any:
-    task, device = TASKS[os.environ[TASK]], os.environ[DEVICE]
+    task = TASKS[os.environ[TASK]]
     if not kept:  # data and network stay in the actor
         torch.set_num_threads(1)
-        kept.update(data=clients(task.data(), device), network=network(task, device))
+        device, dtype = os.environ[DEVICE], os.environ[DTYPE]
+        kept.update(data=clients(task.data(), device, dtype), network=network(task, device, dtype))
     net = kept["network"]
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
     x, y = kept["data"][int(context.node_config["partition-id"])]

@@ -6,7 +6,8 @@ weights are compared with those of the plain loop in the same shuffled order, `b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 import homespun
-from benchmarks.peers.simulation_run import Rounds, parse_request
+from benchmarks.peers.simulation_run import Request, Rounds, parse_request
 from benchmarks.peers.simulation_tasks import Data, Ints, Task
 from benchmarks.peers.simulation_torch import network, synchronize
 from homespun.plan.build.losses import cross_entropy
 from homespun.plan.manifest import ClientOptimizer
+from homespun.simulation.assembly import cohort_rounds
 from homespun.simulation.batches import batches
 
 SEED = 0
@@ -58,8 +60,18 @@ def batches_in_order(task: Task, data: Data, number: int) -> Iterator[list[Ints]
 def main() -> None:
     request = parse_request()
     torch.set_num_threads(1)
-    task, data = request.task, request.data()
+    data = request.data()
+    arena = homespun.Arena({"x": data.x, "y": data.y}, data.offsets)
     rounds = Rounds(request, synchronize=lambda: synchronize(request.device))
+    made = partial(simulated, request.task)
+    train = in_float64 if request.dtype == "float64" else in_float32
+    rounds.finish(*train(request, made, arena, rounds))
+
+
+def in_float32(
+    request: Request, made: Callable[[], Any], arena: Any, rounds: Rounds
+) -> tuple[Mapping[str, Any], int]:
+    """The weights and the steps of `homespun.simulate`."""
 
     def next_round(record: Any) -> None:
         rounds.end()
@@ -67,17 +79,58 @@ def main() -> None:
 
     rounds.begin()
     trained = homespun.simulate(
-        partial(simulated, task),
-        homespun.Arena({"x": data.x, "y": data.y}, data.offsets),
+        made,
+        arena,
         rounds=request.num_rounds + 1,
         cohort=request.cohort,
         seed=SEED,
-        workers=request.processes if request.processes > 1 else 0,
+        workers=workers(request),
         device=request.device,
         progress=False,
         callbacks=[next_round],
     )
-    rounds.finish(trained.parameters, sum(record.num_steps for record in trained.history))
+    return trained.parameters, sum(record.num_steps for record in trained.history)
+
+
+def in_float64(
+    request: Request, made: Callable[[], Any], arena: Any, rounds: Rounds
+) -> tuple[Mapping[str, Any], int]:
+    """The same rounds, put together as `homespun.simulate` does, which itself knows only float32."""
+    steps = 0
+    with ExitStack() as stack:
+        simulation, _ = cohort_rounds(
+            stack,
+            made,
+            arena,
+            evaluate_on=None,
+            method="FedAvg",
+            settings={},
+            seed=SEED,
+            aggregation="float",
+            clip_norm=None,
+            max_weight=0,
+            bits=16,
+            rotate=True,
+            cohort=request.cohort,
+            workers=workers(request),
+            shards=None,
+            strategy="auto",
+            chunk=None,
+            train_metrics=False,
+            device=request.device,
+            dtype=torch.float64,
+        )
+        state = simulation.begin(None)
+        for number in range(1, request.num_rounds + 2):
+            rounds.begin()
+            state, trained = simulation.round(state, number, np.arange(arena.num_clients))
+            steps += trained.num_steps
+            rounds.end()
+        return simulation.parameters(state), steps
+
+
+def workers(request: Request) -> int:
+    return request.processes if request.processes > 1 else 0
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def main() -> None:
     callback: Any = import_module("pfl.callback.base").TrainingProcessCallback
 
     task, cohort = request.task, request.task.num_clients
-    data = [dataset(raw_data=rows) for rows in clients(task.data(), request.device)]
+    data = [dataset(raw_data=rows) for rows in clients(task.data(), request.device, request.dtype)]
     turn = count()
     users = federated(
         data.__getitem__,
         lambda: next(turn) % cohort,
         user_id_to_weight={user: len(rows) for user, rows in enumerate(data)},
     )
-    net: Any = network(task, request.device)
+    net: Any = network(task, request.device, request.dtype)
     net.metrics = lambda x, y: {"loss": metrics.Weighted(float(net.loss(x, y)) * len(y), len(y))}
     central = torch.optim.SGD(net.parameters(), lr=1.0)
     steps = 0

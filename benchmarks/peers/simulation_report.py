@@ -15,9 +15,10 @@ from benchmarks.peers.simulation_tasks import Weights
 
 OURS, PFL, FLOWER = "homespun", "pfl", "Flower"
 TOLERANCE = 1e-4
-"""How far final weights may be from the reference's: L2 distance over how far training moved them.
-
-In float32 a task with convolutions may miss it, whoever computes it, and is refused then: up to 2e-3 has been seen.
+"""How far weights trained in float64 may be from the reference's: L2 distance over how far training moved them."""
+ROUNDED = 1e-2
+"""The same in float32, where rounding alone, which a ReLU may amplify, has made 2e-3 of tasks with convolutions,
+whoever computed them. It finds who is badly inexact; that all train the same is proven in float64.
 """
 DRAWS = 2000
 
@@ -62,7 +63,8 @@ ONE_GPU: Mapping[tuple[str, str], Goal] = {
 class Figure(Row):
     """A side of a task. `low` to `high`: 95 % of `ratio_to_peer`; `cpu_s` per round and `peak_bytes` of all the side's
     processes; `warm_up_s`: the first round with all compilation; `gemm_share`: of the machine's rate in matrix
-    products that the training's products alone reach; `load`: highest; `apart`: largest `difference` of its weights.
+    products that the training's products alone reach; `load`: highest; `apart`: largest `difference` of its weights,
+    in float64 and, as measured, in float32.
     """
 
     minimum: float
@@ -74,7 +76,7 @@ class Figure(Row):
     flops_per_s: float
     gemm_share: float
     load: float
-    apart: float
+    apart: tuple[float, float]
 
 
 def difference(final: Weights, reference: Weights, initial: Weights) -> float:
@@ -88,11 +90,11 @@ def difference(final: Weights, reference: Weights, initial: Weights) -> float:
     return distance(final) / distance(initial)
 
 
-def refusal(result: Result, apart: float, steps: int) -> str | None:
+def refusal(result: Result, apart: float, steps: int, tolerance: float) -> str | None:
     """Why this must not be reported: it did not train the same thing. `apart`: of `difference`."""
     if result.steps != steps:
         return f"{result.steps} SGD steps instead of {steps}"
-    if not apart <= TOLERANCE:
+    if not apart <= tolerance:
         return f"weights end {apart:.1e} of the way that training went from the reference's"
     return None
 
@@ -114,7 +116,7 @@ def ratio_interval(
 def figures(
     case: str,
     sides: Mapping[str, Sequence[Result]],
-    apart: Mapping[str, float],
+    apart: Mapping[str, tuple[float, float]],
     flops: int,
     gemm_rate: float,
     peer: str | None,
@@ -156,7 +158,7 @@ def figures(
 
 TABLE = (
     "| task | side | median ms | least | times faster than pfl (95 %) | CPU ms | GFLOP/s | of GEMM | first round s "
-    "| memory MB | load | weights apart |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| memory MB | load | apart, float64 | float32 |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -170,7 +172,7 @@ def table(rows: Sequence[Figure]) -> str:
             f"| {row.case} | {row.side} | {1e3 * row.median:.4g} | {1e3 * row.minimum:.4g} | {ratio} "
             f"| {1e3 * row.cpu_s:.4g} | {row.flops_per_s / 1e9:.3g} | {row.gemm_share:.0%} "
             f"| {row.warm_up_s:.2g} | {row.peak_bytes / 1e6:.0f} | {row.load:.1f} "
-            f"| {row.apart:.0e} |"
+            f"| {row.apart[0]:.0e} | {row.apart[1]:.0e} |"
         )
     return "\n".join(lines)
 

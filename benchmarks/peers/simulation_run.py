@@ -32,6 +32,7 @@ class Request:
     num_rounds: int
     processes: int
     device: str
+    dtype: str
     weights: Path | None
     cohort: int
     order: str
@@ -62,6 +63,7 @@ def parse_request() -> Request:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--clients", type=int, help="other than the task has")
     parser.add_argument("--cohort", type=int, help="clients of a round; without it all")
@@ -77,6 +79,7 @@ def parse_request() -> Request:
         num_rounds=given.rounds or task.num_rounds,
         processes=given.processes,
         device=given.device,
+        dtype=given.dtype,
         weights=given.weights,
         cohort=given.cohort or task.num_clients,
         order=given.order,

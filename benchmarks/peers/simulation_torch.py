@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.peers.simulation_tasks import Cnn, Data, Lstm, Mlp, Task
+from benchmarks.peers.simulation_tasks import Cnn, Data, Floats, Ints, Lstm, Mlp, Task
 
 
 class Network(nn.Module):
@@ -70,20 +70,24 @@ def through(layers: nn.ModuleList, x: Tensor) -> Tensor:
     return cast(Tensor, last(x))
 
 
-def network(task: Task, device: str = "cpu") -> Network:
+def network(task: Task, device: str = "cpu", dtype: str = "float32") -> Network:
     """The task's network with its initial weights."""
     torch.backends.cudnn.allow_tf32 = False  # float32 for everybody
     kinds = {Mlp: MlpNetwork, Cnn: CnnNetwork, Lstm: LstmNetwork}
     made = cast(Network, kinds[type(task.model)](task.model))
     made.load_state_dict({name: torch.from_numpy(w) for name, w in task.initial().items()})
-    return made.to(device)
+    return made.to(device, getattr(torch, dtype))
 
 
-def clients(data: Data, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+def clients(data: Data, device: str = "cpu", dtype: str = "float32") -> list[tuple[Tensor, Tensor]]:
     """Each client's rows, where they are trained."""
-    return [
-        (torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in data.clients()
-    ]
+    return [(inputs(x, device, dtype), torch.from_numpy(y).to(device)) for x, y in data.clients()]
+
+
+def inputs(x: Floats | Ints, device: str, dtype: str) -> Tensor:
+    """Words stay whole numbers."""
+    rows = torch.from_numpy(x).to(device)
+    return rows.to(getattr(torch, dtype)) if rows.is_floating_point() else rows
 
 
 def synchronize(device: str) -> None:

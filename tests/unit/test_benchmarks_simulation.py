@@ -13,6 +13,8 @@ import pytest
 from benchmarks.peers.simulation_eager import shuffled, stored
 from benchmarks.peers.simulation_fedjax import to_jax, to_torch
 from benchmarks.peers.simulation_report import (
+    ROUNDED,
+    TOLERANCE,
     Goal,
     difference,
     figures,
@@ -93,8 +95,10 @@ def test_words_and_next_words_overlap():
 def test_both_orders_train_the_same_rows():
     task = TASKS["tiny"].with_clients(5)
     data = task.data()
-    plain = [y.tolist() for batches in stored(task, data, "cpu") for _, y in batches]
-    mixed = [y.tolist() for batches in shuffled(task, data, "cpu", 1) for _, y in batches]
+    plain = [y.tolist() for batches in stored(task, data, "cpu", "float32") for _, y in batches]
+    mixed = [
+        y.tolist() for batches in shuffled(task, data, "cpu", "float32", 1) for _, y in batches
+    ]
     assert len(plain) == len(mixed) == task.num_steps()
     assert plain != mixed
     assert sorted(chain(*plain)) == sorted(chain(*mixed)) == sorted(data.y.tolist())
@@ -119,13 +123,13 @@ def test_a_distance_is_relative_to_the_way_of_training():
     [(2e-4, 8, None), (6e-4, 8, "weights end"), (float("nan"), 8, "weights"), (0.0, 9, "8 SGD")],
 )
 def test_who_trained_something_else_is_refused(by: float, steps: int, why: str | None):
-    reason = refusal(result(1.0), difference(moved(by), REFERENCE, INITIAL), steps)
+    reason = refusal(result(1.0), difference(moved(by), REFERENCE, INITIAL), steps, TOLERANCE)
     assert reason is None if why is None else (reason or "").startswith(why)
 
 
 def test_other_parameters_are_refused():
     for final in ({"w": REFERENCE["w"]}, {**REFERENCE, "b": np.zeros(3, np.float32)}):
-        assert refusal(result(1.0), difference(final, REFERENCE, INITIAL), 8)
+        assert refusal(result(1.0), difference(final, REFERENCE, INITIAL), 8, ROUNDED)
 
 
 def test_a_forgotten_batch_of_one_client_is_refused():
@@ -135,7 +139,7 @@ def test_a_forgotten_batch_of_one_client_is_refused():
     mean = {"w": ways.mean(0)}
     ways[0] *= 0.8
     initial = {"w": np.zeros(100, np.float32)}
-    assert refusal(result(1.0), difference({"w": ways.mean(0)}, mean, initial), 8)
+    assert refusal(result(1.0), difference({"w": ways.mean(0)}, mean, initial), 8, TOLERANCE)
 
 
 def test_the_interval_of_a_ratio_follows_the_turns():
@@ -153,7 +157,7 @@ def test_ratios_floor_and_goals():
         "Flower": [result(20.0), result(20.0)],
     }
     rows = figures(
-        "tiny", sides, dict.fromkeys(sides, 0.0), flops=10**6, gemm_rate=10**8, peer="pfl"
+        "tiny", sides, dict.fromkeys(sides, (0.0, 0.0)), flops=10**6, gemm_rate=10**8, peer="pfl"
     )
     ours = rows[0]
     assert (ours.median, ours.minimum, ours.raw) == (0.2, 0.1, (0.1, 0.3))
@@ -170,7 +174,9 @@ def test_ratios_floor_and_goals():
 
 def test_on_a_gpu_the_fastest_of_several_counts():
     sides = {"homespun": [result(1.0)], "pfl": [result(9.0)], "pfl x4": [result(4.0)]}
-    rows = figures("mlp", sides, dict.fromkeys(sides, 0.0), flops=1, gemm_rate=1.0, peer="pfl")
+    rows = figures(
+        "mlp", sides, dict.fromkeys(sides, (0.0, 0.0)), flops=1, gemm_rate=1.0, peer="pfl"
+    )
     assert "| mlp | pfl | 4.00 |" in goals(rows, {("mlp", "pfl"): Goal(1, 1)})
 
 
@@ -179,7 +185,9 @@ def test_the_plot_shows_every_side_of_every_task():
     rows = [
         row
         for task in ("tiny", "mlp")
-        for row in figures(task, sides, dict.fromkeys(sides, 0.0), 1, gemm_rate=1.0, peer="pfl")
+        for row in figures(
+            task, sides, dict.fromkeys(sides, (0.0, 0.0)), 1, gemm_rate=1.0, peer="pfl"
+        )
     ]
     drawn = ElementTree.fromstring(plot(rows))
     circles = drawn.findall("{*}circle")
@@ -208,7 +216,7 @@ def test_an_unknown_task_is_named(capsys: pytest.CaptureFixture[str]):
 def test_pfl_with_two_processes_goes_through_torchrun(tmp_path):
     command = Side("pfl", "pfl", tmp_path / "python", 2).command("tiny", 3, "cpu", tmp_path / "w")
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert command[5:8] == ["-m", "benchmarks.peers.simulation_pfl", "tiny"]
+    assert command[5:9] == ["-m", "benchmarks.peers.simulation_pfl", "tiny", "--dtype=float32"]
 
 
 def test_a_runner_that_fails_says_why(tmp_path):

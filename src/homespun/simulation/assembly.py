@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from homespun.errors import InvalidConfig
@@ -39,8 +40,12 @@ def cohort_rounds(
     chunk: int | None,
     train_metrics: bool,
     device: str,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[CohortRounds, nn.Module]:
-    """The rounds, and the module of their task; `stack` closes what they hold. Raises `InvalidConfig`."""
+    """The rounds, and the module of their task; `stack` closes what they hold.
+
+    `dtype`: float64 is for proofs of equality, as checkpoints are of float32. Raises `InvalidConfig`.
+    """
     here = task if isinstance(task, Task) else task()
     if aggregation not in set(Aggregation):
         raise InvalidConfig(
@@ -67,6 +72,7 @@ def cohort_rounds(
         chunk=chunk,
         train_metrics=train_metrics,
         device=device,
+        dtype=dtype,
     )
     pool: Pool = Workers(spec, workers) if workers else spec.build()
     stack.callback(pool.close)
@@ -82,6 +88,7 @@ def cohort_rounds(
         evaluator=_evaluator(spec, here, evaluate_on),
         num_shards=shards,
         device=device,
+        dtype=dtype,
     ), here.model
 
 

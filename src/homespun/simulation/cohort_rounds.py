@@ -49,10 +49,12 @@ class CohortRounds:
     evaluator: Evaluate
     num_shards: int | None = None
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def begin(self, initial: Tree | None) -> CohortState:
         """Raises `ShapeMismatch` for parameters of another model."""
-        model = torch.from_numpy(trees.flatten(initial or self.own, self.shapes)).to(self.device)
+        vector = torch.from_numpy(trees.flatten(initial or self.own, self.shapes))
+        model = vector.to(self.device, self.dtype)
         kept = self.method.client_begin(model) if self.method.client_begin else {}
         begin = {name: vector.cpu().numpy() for name, vector in kept.items()}
         server = self.method.begin(model, Layout.of(self.shapes))

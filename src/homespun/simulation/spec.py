@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from homespun.learning.method import method
 from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches, batches
@@ -30,6 +32,7 @@ class TrainerSpec:
     chunk: int | None = None
     train_metrics: bool = False
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def build(self) -> ShardTrainer:
         """Raises `InvalidConfig` for a method, strategy or task that does not exist."""
@@ -47,6 +50,7 @@ class TrainerSpec:
             task,
             arena,
             device=self.device,
+            dtype=self.dtype,
             strategy=self.strategy,
             chunk=self.chunk,
             train_metrics=self.train_metrics,
