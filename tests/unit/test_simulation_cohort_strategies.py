@@ -1,6 +1,6 @@
 """Every strategy trains every model with every rule as the reference does."""
 
-from typing import Any
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from homespun.errors import InvalidConfig
 from homespun.learning.method import LocalRule
 from homespun.simulation.cohort import tuning
 from homespun.simulation.cohort.engine import CohortEngine
+from homespun.simulation.cohort.local import resolve
+from homespun.simulation.cohort.results import Choice
 from homespun.zoo.models import Digits, KeyboardSize, NextWord
 from tests.unit.simulation_cohorts import Perceptron, arena, batches, task
 
@@ -70,68 +72,133 @@ TERMS = {
 LONE = {("recurrent", "stacked"), ("normed", "factored")}
 
 
-def pair(name, strategy, chunk=3, **terms):
+CHOICES = {
+    "eager": Choice("eager", 1),
+    "sequential": Choice("sequential", 1),
+    "stacked": Choice("stacked", 3),
+}
+PLAIN = LocalRule()
+RULE = LocalRule(scale=0.7, proximal=0.2)
+
+
+@cache
+def work(name, terms):
+    """The task, its clients and their steps: made once for all tests, which change none of them."""
     build, kind = MODELS[name]
-    data, given = arena(kind), task(build(), kind=kind, **terms)
-    options: dict[str, Any] = {"dtype": torch.float64, "train_metrics": True}
-    return (
-        batches(data),
-        CohortEngine(given, data, strategy="reference", **options),
-        CohortEngine(given, data, strategy=strategy, chunk=chunk, **options),
-    )
+    data = arena(kind)
+    return task(build(), kind=kind, **TERMS[terms]), data, batches(data)
 
 
-def equal(reference, subject, steps, rule):
-    model = reference.initial()
-    expected, metrics = reference.train(model, steps, rule)
+def engine(name, terms, choice=None, **options):
+    given, data, _ = work(name, terms)
+    made = CohortEngine(given, data, dtype=torch.float64, train_metrics=True, **options)
+    made.choices = (choice,) if choice else ()
+    return made
+
+
+@cache
+def expected(name, terms, rule=RULE):
+    """What the reference says."""
+    reference = engine(name, terms, strategy="reference")
+    return reference.train(reference.initial(), work(name, terms)[2], rule)
+
+
+def equal(subject, steps, rule, told):
+    reference, metrics = told
+    model = subject.initial()
     result, measured = subject.train(model, steps, rule)
-    size = expected.update.abs().max().item()
-    torch.testing.assert_close(result.update, expected.update, rtol=1e-12, atol=1e-12 * size)
+    size = reference.update.abs().max().item()
+    torch.testing.assert_close(result.update, reference.update, rtol=1e-12, atol=1e-12 * size)
     for name, value in metrics.items():
         assert measured[name].sum == pytest.approx(value.sum, rel=1e-12)
         assert measured[name].count == value.count
     weights = torch.tensor([0.5, 2, 1, 0, 3.0])
     mean = subject.mean_path(model, steps, weights, rule).vectors["update"]
     torch.testing.assert_close(
-        mean, weights.double() @ expected.update, rtol=1e-12, atol=1e-12 * max(size, 1)
+        mean, weights.double() @ reference.update, rtol=1e-12, atol=1e-12 * max(size, 1)
     )
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("strategy", ["eager", "sequential", "stacked"])
+@pytest.mark.parametrize("strategy", CHOICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_strategy_takes_the_references_steps(name, strategy, terms):
     if (name, strategy) in LONE:
         pytest.skip("an operation that only a chunk of one client can do")
-    steps, reference, subject = pair(name, strategy, **TERMS[terms])
-    equal(reference, subject, steps, LocalRule(scale=0.7, proximal=0.2))
+    subject = engine(name, terms, CHOICES[strategy])
+    equal(subject, work(name, terms)[2], RULE, expected(name, terms))
 
 
-@pytest.mark.parametrize("strategy", ["eager", "sequential", "stacked"])
+@cache
+def own_vectors(count):
+    """A rule whose vectors are each client's own, or one for all; a tie of [m, d] and [d] would hide a mistake."""
+    torch.manual_seed(3)
+    own = torch.randn(3, 5, engine("normed", "plain").objective.dimension).double() * 0.1
+    start, anchor, correction = own[:, 0] if count == 1 else own
+    return LocalRule(proximal=0.3, start=start, anchor=anchor, correction=correction)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("strategy", CHOICES)
 @pytest.mark.parametrize("terms", TERMS)
-def test_every_client_may_have_vectors_of_its_own(strategy, terms):
-    steps, reference, subject = pair("digits", strategy, **TERMS[terms])
-    own = torch.randn(3, 5, reference.objective.dimension, dtype=torch.float64) * 0.1
-    for count in (1, 5):
-        start, anchor, correction = own[:, 0] if count == 1 else own
-        rule = LocalRule(proximal=0.3, start=start, anchor=anchor, correction=correction)
-        equal(reference, subject, steps, rule)
+def test_every_client_may_have_vectors_of_its_own(strategy, terms, count):
+    rule, (_, _, steps) = own_vectors(count), work("normed", terms)
+    reference = engine("normed", terms, strategy="reference")
+    told = reference.train(reference.initial(), steps, rule)
+    equal(engine("normed", terms, CHOICES[strategy]), steps, rule, told)
 
 
 @pytest.mark.parametrize("terms", ["plain", "decaying"])
 @pytest.mark.parametrize("name", ["wide", "digits", "convolutional"])
 def test_factored_matrices_never_exist_and_give_the_same(monkeypatch, name, terms):
     monkeypatch.setattr(tuning, "FACTORED_SIZE", 100)
-    steps, reference, subject = pair(name, "factored", **TERMS[terms])
-    assert tuning.factored_names(subject.objective)
-    equal(reference, subject, steps, LocalRule(scale=0.7, proximal=0.2))
+    subject = engine(name, terms, strategy="factored", chunk=3)
+    equal(subject, work(name, terms)[2], RULE, expected(name, terms))
+    assert all(choice.factored for choice in subject.choices)
+
+
+def factored(model, kind, steps):
+    """Names of parameters that are worth the factored form for clients with so many steps."""
+    data = arena(kind, sizes=(4 * steps,) * 3)
+    made = CohortEngine(task(model, kind=kind), data)
+    local = resolve(PLAIN, made.task.optimizer, made.initial(), 3)
+    given = (made.task, data, made.objective, made.rows, batches(data), local)
+    return tuning.Tuning(*given).worth_factoring()
+
+
+def test_a_matrix_is_factored_while_its_history_is_shorter_than_itself():
+    assert factored(Perceptron(2000), "vectors", steps=1) == ("first.weight",)
+    assert factored(Perceptron(2000), "vectors", steps=9) == ()
+
+
+def test_what_is_used_for_every_word_is_not_factored(monkeypatch):
+    monkeypatch.setattr(tuning, "FACTORED_SIZE", 1)
+    # An embedding is no product; LSTM and output see four words of four sentences in each step.
+    assert factored(Recurrent(), "tokens", steps=1) == ("output.weight",)
+    assert factored(Recurrent(), "tokens", steps=3) == ()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_measured_choice_gives_the_same(name):
-    steps, reference, subject = pair(name, "auto", chunk=None)
-    equal(reference, subject, steps, LocalRule())
-    assert all(cohort is not None for cohort in subject._cohorts.values())
+    subject = engine(name, "plain")
+    equal(subject, work(name, "plain")[2], RULE, expected(name, "plain"))
+    assert {choice.strategy for choice in subject.choices} > {"reference"}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.only(functional.dropout(x, 0.5))
+
+
+def test_a_model_that_draws_random_numbers_is_proven_with_the_same_ones():
+    data = arena()
+    subject = CohortEngine(task(Dropping()), data)
+    subject.train(subject.initial(), batches(data), PLAIN)
+    assert {choice.strategy for choice in subject.choices} > {"reference"}
 
 
 class Mixing(nn.Module):
@@ -151,4 +218,5 @@ def test_a_model_that_mixes_rows_is_never_merged():
     with pytest.raises(InvalidConfig, match="cannot train this model"):
         forced.train(forced.initial(), batches(data), LocalRule())
     reference = CohortEngine(given, data, dtype=torch.float64, strategy="reference")
-    equal(reference, CohortEngine(given, data, dtype=torch.float64), batches(data), LocalRule())
+    told = reference.train(reference.initial(), batches(data), PLAIN)
+    equal(CohortEngine(given, data, dtype=torch.float64), batches(data), PLAIN, told)

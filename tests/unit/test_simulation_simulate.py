@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +28,8 @@ from homespun.simulation.batches import batches
 from homespun.simulation.checkpoints import Checkpoints
 from homespun.simulation.clients import ClientStore
 from homespun.simulation.cohort.engine import CohortEngine
+from homespun.simulation.cohort.results import Choice
+from homespun.simulation.cohort.tuning import Tuning
 from homespun.simulation.history import read_history
 from homespun.simulation.participation import Participation, Traces
 from homespun.simulation.stopping import EarlyStopping, Target
@@ -137,6 +141,45 @@ def test_clipping_bounds_every_update():
 
 def test_the_fastest_strategy_gives_the_same_to_rounding():
     np.testing.assert_allclose(flat(run(strategy="auto")), flat(run()), rtol=0, atol=1e-5)
+
+
+def moody(tuning, strategy, chunk):
+    """Whoever measures first finds one strategy fastest, and whoever measures again, in any process, another."""
+    try:
+        os.close(os.open(os.environ["MEASURED"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return (Choice("eager", 1),)
+    return (Choice("stacked", 3),)
+
+
+def task_of_moody_machines():
+    Tuning.choices = moody  # type: ignore[method-assign]  # in the worker that makes the task
+    return task()
+
+
+@pytest.fixture
+def moody_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(Tuning, "choices", moody)
+    runs = itertools.count()
+
+    def bits_of_run(measured=False, **words):
+        if not measured:
+            monkeypatch.setenv("MEASURED", str(tmp_path / f"measured-{next(runs)}"))
+        return bits(run(made=task_of_moody_machines, strategy="auto", shards=4, **words))
+
+    return bits_of_run
+
+
+def test_what_is_fastest_is_measured_once_for_all_workers(moody_run):
+    alone = moody_run()
+    assert moody_run(workers=2) == alone
+    assert alone != moody_run(measured=True)  # another choice would have given other bits
+
+
+def test_what_is_fastest_is_not_measured_again_after_a_resume(moody_run, tmp_path):
+    whole = moody_run(rounds=4)
+    moody_run(rounds=2, directory=tmp_path / "run")
+    assert moody_run(measured=True, rounds=4, directory=tmp_path / "run", resume=True) == whole
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -128,11 +128,11 @@ def simulate(
     deployment; `secure`, these masked and unmasked, too (slow: small cohorts). `clip_norm`: L2 bound of a client's
     update, `max_weight`: examples beyond which a client weighs no more (0: with integers all weigh the same).
 
-    `strategy`: of the engine. All give the same to rounding; `auto` measures which is fastest, so that two runs, or
-    two workers, may choose differently: name one (`stacked`, say) where runs must agree to the last bit.
+    `strategy`: of the engine. All give the same to rounding; `auto` measures once, when the run begins, which is
+    fastest, so that two runs may choose differently: name one (`stacked`, say) where these must agree to the last bit.
 
-    `directory`: keeps history and checkpoints there; `resume` goes on from the newest one, with a named strategy to
-    the same bits as without a break. `workers`: processes beside this one, which must be able to import the task's
+    `directory`: keeps history and checkpoints there; `resume` goes on from the newest one, to the same bits as without
+    a break. `workers`: processes beside this one, which must be able to import the task's
     functions; `shards`: parts of the cohort that they share, a multiple of `workers`; part of the result's bits.
     `train_metrics`: measure the author's metrics in training, too, not only the loss.
     `callbacks` hear of every round's record.

@@ -3,7 +3,8 @@
     checkpoints/round-000012/model.safetensors     the parameters, as any server or device takes them
                              server.safetensors    the server's vectors: moments, control variates, ...
                              clients.safetensors   what clients keep between participations, if they do
-                             state.json            the round, and what the run must have in common with it
+                             state.json            the round, what was settled once for the run, and what a run
+                                                   must have in common with it
 
 A checkpoint is written beside the others and gets its name by one rename: it is there as a whole or not at all.
 """
@@ -31,7 +32,8 @@ Arrays = Mapping[str, AnyArray]
 class Snapshot:
     """The state after `round` rounds. `model`: name -> parameter; `server` and `clients`: any arrays.
 
-    `identity`: settings under which alone these arrays continue the same run.
+    `identity`: settings under which alone these arrays continue the same run; `settled`: what the run itself found out
+    once, and goes on with.
     """
 
     round: int
@@ -39,11 +41,13 @@ class Snapshot:
     server: Arrays = field(default_factory=dict)
     clients: Arrays = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    settled: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     identity: dict[str, Any]
+    settled: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class Checkpoints:
         """Write a checkpoint, then drop those that are neither new nor the best. Raises `StorageFailure`."""
         path = self._path(snapshot.round)
         unfinished = path.with_suffix(".tmp")
-        head = _Head(round=snapshot.round, identity=dict(snapshot.identity))
+        head = _Head(
+            round=snapshot.round,
+            identity=dict(snapshot.identity),
+            settled=dict(snapshot.settled),
+        )
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -105,7 +113,7 @@ class Checkpoints:
                     expected=str(head.identity.get(key)),
                     got=str(value),
                 )
-        return Snapshot(head.round, model, server, clients, head.identity)
+        return Snapshot(head.round, model, server, clients, head.identity, head.settled)
 
     def newest(self, identity: Mapping[str, Any] | None = None) -> Snapshot | None:
         """The last checkpoint, None if there is none. Raises as `load`."""

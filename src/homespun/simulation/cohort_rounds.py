@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.learning.method import Layout, Method, Sums, Vectors
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.clients import Clients, ClientStore
+from homespun.simulation.cohort.results import Choice
 from homespun.simulation.secure import secure_sum
 from homespun.simulation.shards import Adding, Aggregation, Order, Pool, Shard, ShardSum, split
 from homespun.simulation.state import Trained, failure_of, round_seed
@@ -26,11 +28,12 @@ Evaluate = Callable[[Tensor], dict[str, float]]
 
 @dataclass(frozen=True)
 class CohortState:
-    """Between two rounds: the model [d], the server's vectors, and what clients keep."""
+    """Between two rounds: the model [d], the server's vectors, what clients keep, and how they are trained."""
 
     model: Tensor
     server: Vectors
     clients: ClientStore
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +73,9 @@ class CohortRounds:
             Shard(clients, state.clients.take(clients) if state.clients.begin else {})
             for clients in split(cohort, len(state.model), self.num_shards)
         ]
-        order = Order(number, seed, state.model, state.server)
+        order = Order(number, seed, state.model, state.server, state.choices)
         total = ShardSum()
-        for part in self.pool.run(order, shards):
+        for part in self._trained(order, shards):
             total.add(part)
         try:
             sums, clipped = self._sums(state.model, total, seed, number)
@@ -85,7 +88,7 @@ class CohortRounds:
         if total.kept:
             clients = clients.copy()
             clients.keep(total.clients, total.kept)
-        return CohortState(model, server, clients), Trained(
+        return CohortState(model, server, clients, total.choices), Trained(
             metrics=total.metrics,
             num_clients=total.num_clients,
             num_examples=total.num_examples,
@@ -93,6 +96,15 @@ class CohortRounds:
             weight=sums.numbers.get("weight", float(total.num_clients)),
             clipped=clipped,
         )
+
+    def _trained(self, order: Order, shards: list[Shard]) -> list[ShardSum]:
+        # Who trains the first shard of a run measures what is fastest, and all others go by it: the same bits
+        # whoever they are, and after a resume.
+        if order.choices:
+            return self.pool.run(order, shards)
+        first = self.pool.run(order, shards[:1])
+        order = replace(order, choices=first[0].choices)
+        return first + (self.pool.run(order, shards[1:]) if shards[1:] else [])
 
     def _sums(
         self, model: Tensor, total: ShardSum, seed: int, number: int
@@ -128,7 +140,9 @@ class CohortRounds:
 
     def snapshot(self, state: CohortState) -> Snapshot:
         server = {name: np.asarray(vector.cpu()) for name, vector in state.server.items()}
-        return Snapshot(0, self.parameters(state), server, state.clients.arrays())
+        choices = [asdict(choice) for choice in state.choices]
+        clients = state.clients.arrays()
+        return Snapshot(0, self.parameters(state), server, clients, settled={"choices": choices})
 
     def restore(self, snapshot: Snapshot) -> CohortState:
         vector = trees.flatten(snapshot.model, self.shapes)
@@ -136,7 +150,8 @@ class CohortRounds:
             name: torch.from_numpy(array).to(self.device) for name, array in snapshot.server.items()
         }
         model = torch.from_numpy(vector).to(self.device)
-        return CohortState(model, server, ClientStore.of(snapshot.clients))
+        choices = msgspec.convert(snapshot.settled.get("choices", []), tuple[Choice, ...])
+        return CohortState(model, server, ClientStore.of(snapshot.clients), choices)
 
     @staticmethod
     def _tensor(array: AnyArray, model: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homespun.errors import Conflict, InvalidConfig, StorageFailure
-from homespun.simulation.checkpoints import Checkpoints, Snapshot
+from homespun.simulation.checkpoints import Checkpoints
 from homespun.simulation.history import History, RoundRecord
 from homespun.simulation.state import Rounds, Trained
 from homespun.simulation.stopping import (
@@ -131,7 +131,7 @@ class Run(Generic[S]):
         ending = number == self.num_rounds or self._reason(records)
         if number % self.files.every == 0 or number == best or ending:
             taken = self.rounds.snapshot(state)
-            kept = Snapshot(number, taken.model, taken.server, taken.clients, self.files.identity)
+            kept = replace(taken, round=number, identity=self.files.identity)
             self.files.checkpoints.save(kept, best)
 
     def _reason(self, records: Sequence[RoundRecord]) -> str:

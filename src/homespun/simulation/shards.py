@@ -23,7 +23,7 @@ from homespun.learning.metrics import MetricSum
 from homespun.rng import derive_seed, stream
 from homespun.simulation.batches import Batches
 from homespun.simulation.clients import Clients
-from homespun.simulation.cohort.results import Engine
+from homespun.simulation.cohort.results import Choice, Engine
 from homespun.types import AnyArray
 
 CHUNK_BYTES = 2**28
@@ -94,12 +94,14 @@ class Adding:
 
 @dataclass(frozen=True)
 class Order:
-    """What a round asks of every shard: the round, its seed, the model [d] and the server's vectors."""
+    """What a round asks of every shard: the round, its seed, the model [d] and the server's vectors; `choices`: the
+    run's, with which it trains; without them the engine measures."""
 
     number: int
     seed: int
     model: Tensor
     server: Vectors
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Shard:
 class ShardSum:
     """What comes back. `vectors`, `numbers`: sums as of `Report`; `contributions`: their one sum, or each one where
     they are masked; `clients` [m]: of the rows of `kept` (for their next participation) and of `updates` [m, d] with
-    `weights` [m] (for methods that look at each update)."""
+    `weights` [m] (for methods that look at each update); `choices`: the strategies it was trained with."""
 
     vectors: dict[str, AnyArray] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -128,6 +130,7 @@ class ShardSum:
     updates: AnyArray | None = None
     weights: AnyArray | None = None
     contributions: list[Contribution] = field(default_factory=list)
+    choices: tuple[Choice, ...] = ()
 
     def add(self, other: ShardSum) -> None:
         """`self += other`, in place; rows go behind those that are there."""
@@ -147,6 +150,7 @@ class ShardSum:
         self.updates = _behind(self.updates, other.updates)
         self.weights = _behind(self.weights, other.weights)
         self.contributions += other.contributions
+        self.choices = self.choices or other.choices
 
 
 class Pool(Protocol):
@@ -184,6 +188,12 @@ class ShardTrainer:
 
     def train(self, order: Order, shard: Shard) -> ShardSum:
         """Train a shard's clients from the order's model and add up what they report."""
+        self.engine.choices = order.choices or self.engine.choices
+        total = self._trained(order, shard)
+        total.choices = self.engine.choices
+        return total
+
+    def _trained(self, order: Order, shard: Shard) -> ShardSum:
         method, model = self.method, order.model
         rules = method.local(model, order.server, {}) if not shard.kept else ()
         if self._summable(rules):

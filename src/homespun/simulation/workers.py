@@ -2,8 +2,7 @@
 
 Arrays go through files in memory (`/dev/shm` where there is one): the round's order is written once for all workers,
 and each writes its sums to a file of its own; pipes carry only what is small. A worker that dies gives its shard to
-the others and is started again. Which worker trains what changes no bit of the result
-(see `shards`), as long as the engine's strategy is named and not measured by each.
+the others and is started again. Which worker trains what changes no bit of the result (see `shards`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The cohort engine: a chunk of clients trains as one program, whichever strategy does it fastest.
 
-CohortEngine -> Rows (data) -> a strategy: reference | eager | cohort -> update
+CohortEngine -> choices (measured once) -> Rows (data) -> a strategy: reference | eager | cohort -> update
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ from homespun.learning.metrics import MetricSum
 from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 from homespun.simulation.cohort import evaluation, reference, tuning
-from homespun.simulation.cohort.cohort import Cohort, factorable
-from homespun.simulation.cohort.eager import Eager
+from homespun.simulation.cohort.cohort import factorable
 from homespun.simulation.cohort.gather import Rows
 from homespun.simulation.cohort.local import Local, resolve
 from homespun.simulation.cohort.objective import Objective, Totals
-from homespun.simulation.cohort.results import Partial
+from homespun.simulation.cohort.results import Choice, Partial
 from homespun.simulation.task import Task
 
 STRATEGIES = ("auto", "reference", "eager", "sequential", "stacked", "factored")
-STACKED_CLIENTS = 32
-"""That many train together where a strategy is forced and no chunk is given."""
 
 
 class CohortEngine:
     """Trains a task's clients on one device; see `results.Engine`.
 
-    `strategy`: "auto" measures which is fastest, the others are forced; `chunk`: clients that train together.
+    `strategy`: "auto" measures which is fastest, the others are forced; `chunk`: clients that train together. What
+    the first training finds is kept in `choices`, and nothing is measured where these are given.
     `train_metrics`: measure the author's metrics before each step too, not only the loss.
     """
 
@@ -61,7 +59,8 @@ class CohortEngine:
         self.objective = Objective(task, self.device, dtype)
         self.rows = Rows(arena, task.scales, self.device, dtype)
         self.strategy, self.chunk, self.train_metrics = strategy, chunk, train_metrics
-        self._cohorts: dict[tuple[Any, ...], Cohort | Eager | None] = {}
+        self.choices: tuple[Choice, ...] = ()
+        self._built: dict[Choice, tuning.Strategy] = {}
 
     def initial(self) -> Tensor:
         """[d]: the parameters of the task's module, in the order of its `named_parameters`."""
@@ -127,53 +126,38 @@ class CohortEngine:
         self, batches: Batches, local: Local, totals: Totals, weights: Tensor | None
     ) -> Tensor:
         """Updates [m, d]; with weights [m]: their weighted sum [d]."""
-        clients = len(batches.clients)
-        cohort = self._cohort(batches, local) if clients else None
-        most = self.chunk or 16 if cohort is None else cohort.chunk
-        size = -(-clients // max(-(-clients // most), 1))  # chunks as equal as can be
         mean = None if weights is None else torch.zeros_like(local.model)
         parts = [local.model.new_zeros(0, self.objective.dimension)]
-        for first in range(0, clients, max(size, 1)):
-            last = min(first + size, clients)
-            steps = self.rows.steps(batches, first, last)
-            mine = local.part(first, last)
-            share = None if weights is None else weights[first:last]
-            if cohort is not None:
-                update = cohort.run(steps, mine, last - first, totals, mean, share)
-            else:
-                update = reference.updates(self.objective, steps, mine, last - first, totals)
-                if mean is not None and share is not None:
-                    mean += share @ update
-            if mean is None and update is not None:
-                parts.append(update)
+        clients = len(batches.clients)
+        if clients:
+            strategy = self._strategy(batches, local)
+            chunks = -(-clients // strategy.chunk)
+            size = -(-clients // chunks)  # chunks as equal as can be
+            for first in range(0, clients, size):
+                last = min(first + size, clients)
+                steps, mine = self.rows.steps(batches, first, last), local.part(first, last)
+                share = None if weights is None else weights[first:last]
+                update = strategy.run(steps, mine, last - first, totals, mean, share)
+                if update is not None:
+                    parts.append(update)
         return torch.cat(parts) if mean is None else mean
 
-    def _cohort(self, batches: Batches, local: Local) -> Cohort | Eager | None:
-        """The fastest way to train such clients, None: the reference. Found once for each kind of work.
-
-        Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with.
-        """
-        if self.strategy == "reference":
-            return None
-        scale = len(batches.clients).bit_length()
-        steps = int(batches.num_steps.max(initial=0)).bit_length()
-        kind = (local.linear, factorable(local), batches.rows.shape[2], scale, steps)
-        if kind not in self._cohorts:
-            self._cohorts[kind] = self._found(batches, local)
-        return self._cohorts[kind]
-
-    def _found(self, batches: Batches, local: Local) -> Cohort | Eager | None:
-        if self.strategy != "auto":
-            if not tuning.proven(self.task, self.arena, batches, local, self.strategy):
-                raise InvalidConfig(
-                    f"the strategy {self.strategy!r} cannot train this model with this method",
-                    hint="leave strategy at auto",
-                )
-            chunk = 1 if self.strategy in tuning.ALONE else self.chunk or STACKED_CLIENTS
-            return tuning.build(self.objective, tuning.Choice(self.strategy, chunk))
-        return tuning.fastest(
-            self.task, self.arena, self.objective, self.rows, batches, local, self.chunk
-        )
+    def _strategy(self, batches: Batches, local: Local) -> tuning.Strategy:
+        """Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with."""
+        if not self.choices:
+            self.choices = tuning.Tuning(
+                self.task, self.arena, self.objective, self.rows, batches, local
+            ).choices(self.strategy, self.chunk)
+        usable = (choice for choice in self.choices if not choice.factored or factorable(local))
+        choice = next(usable, None)
+        if choice is None:
+            raise InvalidConfig(
+                f"the strategy {self.strategy!r} cannot train this model with this method",
+                hint="leave strategy at auto",
+            )
+        if choice not in self._built:
+            self._built[choice] = tuning.build(self.objective, choice)
+        return self._built[choice]
 
     def _local(
         self, model: Tensor, batches: Batches, rule: LocalRule

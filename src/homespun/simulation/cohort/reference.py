@@ -17,6 +17,29 @@ from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals, client_sums
 
 
+class Reference:
+    """Trains chunks of clients; used as `Cohort` is."""
+
+    def __init__(self, objective: Objective, chunk: int) -> None:
+        self.objective, self.chunk = objective, chunk
+
+    def run(
+        self,
+        steps: Iterator[Step],
+        local: Local,
+        clients: int,
+        totals: Totals,
+        mean: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | None:
+        """The clients' updates [m, d]; with `mean` [d] and `weights` [m], their weighted sum is added to `mean`."""
+        update = updates(self.objective, steps, local, clients, totals)
+        if mean is None or weights is None:
+            return update
+        mean += weights @ update
+        return None
+
+
 def updates(
     objective: Objective, steps: Iterator[Step], local: Local, clients: int, totals: Totals
 ) -> Tensor:

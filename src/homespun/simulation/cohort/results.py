@@ -13,6 +13,15 @@ from homespun.simulation.batches import Batches
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A strategy, how many clients train together, and the names of the parameters that are kept as products."""
+
+    strategy: str
+    chunk: int
+    factored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Partial:
     """The sums of some clients: `vectors` [d] and `numbers` as of `Report`, and loss and metrics over all steps,
     each measured just before its step."""
@@ -23,7 +32,13 @@ class Partial:
 
 
 class Engine(Protocol):
-    """Trains chunks of clients on one device. Parameters are flat float32 (float64 in tests) vectors [d]."""
+    """Trains chunks of clients on one device. Parameters are flat float32 (float64 in tests) vectors [d].
+
+    `choices`: of strategies, the first that can run a rule does. Empty until they are given or, by the first
+    training, measured; whoever is given another engine's choices gets its bits.
+    """
+
+    choices: tuple[Choice, ...]
 
     def mean_path(
         self, model: Tensor, batches: Batches, weights: Tensor, rule: LocalRule

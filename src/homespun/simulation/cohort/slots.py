@@ -71,6 +71,11 @@ class Dense:
     def record_dense(self, gradient: Tensor) -> None:
         self._dense.append(gradient)
 
+    def product_rows(self) -> int:
+        """Of this step's products; 0 if the parameter was used in any other way."""
+        other = self._rows or self._dense or self._leaf is not None
+        return 0 if other or len(self.shape) != 2 else sum(left.shape[1] for left, _ in self._pairs)
+
     def gradient(self) -> Tensor:
         """[a, *shape]: all that was recorded, in one tensor."""
         gradient = torch.zeros_like(self.stack[: self.active])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,114 +16,222 @@ from torch import Tensor
 
 from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
-from homespun.simulation.cohort import reference
 from homespun.simulation.cohort.cohort import Cohort, factorable
 from homespun.simulation.cohort.eager import Eager
-from homespun.simulation.cohort.gather import Rows
+from homespun.simulation.cohort.gather import Rows, Step
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals
+from homespun.simulation.cohort.reference import Reference
+from homespun.simulation.cohort.results import Choice
+from homespun.simulation.cohort.slots import Dense
 from homespun.simulation.task import Task
 
-CHUNKS = (1, 4, 16, 64, 256)
+Strategy = Reference | Eager | Cohort
+
 ALONE = ("eager", "sequential")
 """Strategies that train one client after another."""
+CHUNKS = (4, 16, 64, 256)
+STACKED_CLIENTS, REFERENCE_CLIENTS = 32, 16
+"""That many train together where nothing was measured and no chunk is given."""
 STACKED_BYTES = 2**30
 FACTORED_SIZE = 8192
 """Smaller matrices are faster stacked."""
+MOST_STEPS = 64
+"""Of each client in a measurement: enough for the history of products to cost what it costs."""
+CERTAIN_SECONDS = 0.2
+"""What takes longer is measured once: it cannot be noise."""
+HOPELESS = 1.3
+"""A candidate that is so many times slower than the fastest is stopped in the middle of its measurement."""
+
+
+def build(objective: Objective, choice: Choice) -> Strategy:
+    """Raises `Unsupported` or whatever the author's module raises."""
+    if choice.strategy == "reference":
+        return Reference(objective, choice.chunk)
+    if choice.strategy == "eager":
+        return Eager(objective)
+    return Cohort(objective, choice.chunk, frozenset(choice.factored))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A strategy, and how many clients train together."""
+class Tuning:
+    """What is known of the work: one round's `batches` of some clients, under one rule."""
 
-    strategy: str
-    chunk: int
+    task: Task
+    arena: Arena
+    objective: Objective
+    rows: Rows
+    batches: Batches
+    local: Local
+    _proven: dict[str, bool] = field(default_factory=dict)
 
+    def choices(self, strategy: str, chunk: int | None) -> tuple[Choice, ...]:
+        """Of the strategies that are right for this model, the fastest one of each kind, fastest first, and last the
+        reference, which always is; of a forced `strategy` that one alone, if it is right.
 
-def factored_names(objective: Objective) -> frozenset[str]:
-    """Parameters that are worth the factored form: large matrices."""
-    return frozenset(
-        name
-        for name, shape in objective.shapes.items()
-        if len(shape) == 2 and shape.numel() >= FACTORED_SIZE
-    )
+        `chunk` set: the only number of clients that is tried.
+        """
+        reference = Choice("reference", chunk or REFERENCE_CLIENTS)
+        if strategy == "reference":
+            return (reference,)
+        if strategy == "auto":
+            return (*self._measured(chunk), reference)
+        size = 1 if strategy in ALONE else chunk or STACKED_CLIENTS
+        names = self.worth_factoring() if strategy == "factored" else ()
+        return (Choice(strategy, size, names),) if self.proven(strategy, names) else ()
 
+    def _measured(self, chunk: int | None) -> list[Choice]:
+        """Growing chunks of a strategy are tried while that helps."""
+        fastest: dict[str, tuple[float, Choice]] = {}
+        given_up: set[str] = set()
+        for choice in self._candidates(chunk):
+            name = choice.strategy
+            if name in given_up or not self.proven(name, choice.factored):
+                continue
+            least = min((seconds for seconds, _ in fastest.values()), default=float("inf"))
+            seconds = self.seconds_per_step(choice, HOPELESS * least)
+            before, _ = fastest.get(name, (float("inf"), choice))
+            if not seconds < 0.9 * before:
+                given_up.add(name)
+            if seconds < before:
+                fastest[name] = seconds, choice
+        return [choice for _, choice in sorted(fastest.values(), key=lambda each: each[0])]
 
-def candidates(objective: Objective, local: Local, clients: int) -> Iterator[Choice]:
-    """All that could be fastest, the simplest first."""
-    yield Choice("eager", 1)
-    yield Choice("sequential", 1)
-    each = objective.dimension * local.model.element_size()
-    for chunk in CHUNKS[1:]:
-        if chunk // 4 < clients and chunk * each <= STACKED_BYTES:
-            yield Choice("stacked", min(chunk, clients))
-    if factorable(local) and factored_names(objective):
-        for chunk in CHUNKS[2:]:
-            if chunk // 4 < clients:
-                yield Choice("factored", min(chunk, clients))
+    def _candidates(self, chunk: int | None) -> Iterator[Choice]:
+        """All that could be fastest, the simplest first."""
+        clients = len(self.batches.clients)
+        if chunk is None or chunk == 1:
+            yield from (Choice(strategy, 1) for strategy in ALONE)
+        each = self.objective.dimension * self.local.model.element_size()
+        names = self.worth_factoring() if factorable(self.local) else ()
+        for size in (chunk,) if chunk else CHUNKS:
+            if chunk or size // 4 < clients:
+                size = min(size, max(clients, 2))
+                if size > 1 and (chunk or size * each <= STACKED_BYTES):
+                    yield Choice("stacked", size)
+                if names and (chunk or size > CHUNKS[0]):
+                    yield Choice("factored", size, names)
 
+    def worth_factoring(self) -> tuple[str, ...]:
+        """Matrices that cost more to read once for every client than the history of their products does.
 
-def build(objective: Objective, choice: Choice) -> Cohort | Eager:
-    """Raises `Unsupported` or whatever the author's module raises."""
-    if choice.strategy == "eager":
-        return Eager(objective)
-    names = factored_names(objective) if choice.strategy == "factored" else frozenset()
-    return Cohort(objective, choice.chunk, names)
+        The history grows with every row of every step, so that a matrix that is used many times per step, for all
+        words of a sentence, is soon better stacked.
+        """
+        steps = self.batches.num_steps
+        past = float((steps * (steps - 1) / 2).sum() / max(steps.sum(), 1))
+        names = []
+        for name, rows in self._rows_of_products().items():
+            shape = self.objective.shapes[name]
+            if shape.numel() >= FACTORED_SIZE and rows * past * sum(shape) <= shape.numel():
+                names.append(name)
+        return tuple(names)
 
+    def _rows_of_products(self) -> dict[str, int]:
+        """Parameters that take part in matrix products and nothing else, and the rows of these in one client's step."""
+        counting = _Counting(self.objective, 1, frozenset())
+        try:
+            self._run(counting, self._few(clients=1, steps=1), limit=float("inf"))
+        except Exception:  # noqa: BLE001  a model that cannot be run so has nothing to factor
+            return {}
+        return {name: rows for name, rows in counting.rows.items() if rows}
 
-def proven(task: Task, arena: Arena, batches: Batches, local: Local, strategy: str) -> bool:
-    """The strategy gives the reference's updates, in float64, on a few of these clients."""
-    small = _few(batches, clients=3, steps=2, size=3)
-    count = len(small.clients)
-    exact = _exact(local)
-    objective = Objective(task, local.model.device, torch.float64)
-    rows = Rows(arena, task.scales, local.model.device, torch.float64)
-    expected_totals, totals = Totals(("loss",)), Totals(("loss",))
-    expected = reference.updates(objective, rows.steps(small), exact, count, expected_totals)
-    chunk = 1 if strategy in ALONE else count
-    parts = []
-    try:
-        cohort = build(objective, Choice(strategy, chunk))
-        for first in range(0, count, chunk):
-            last = first + chunk
-            steps = rows.steps(small, first, last)
-            parts.append(cohort.run(steps, exact, chunk, totals))
-    except Exception:  # noqa: BLE001  whatever the author's module raises here, the reference decides
-        return False
-    update = torch.cat([part for part in parts if part is not None])
-    size = expected.abs().max().item()
-    close = torch.allclose(update, expected, rtol=1e-9, atol=1e-9 * size)
-    losses = totals.read()["loss"], expected_totals.read()["loss"]
-    return close and np.isclose(losses[0].sum, losses[1].sum, rtol=1e-9).item()
+    def proven(self, strategy: str, factored: tuple[str, ...]) -> bool:
+        """The strategy gives the reference's updates, in float64, on a few of these clients."""
+        if strategy == "factored" and not factored:
+            return False
+        if strategy not in self._proven:
+            self._proven[strategy] = self._agrees(strategy, factored)
+        return self._proven[strategy]
 
+    def _agrees(self, strategy: str, factored: tuple[str, ...]) -> bool:
+        total = len(self.batches.clients)
+        few = _part(self.batches, np.unique([0, total // 2, total - 1]), steps=2, size=3)
+        count = len(few.clients)
+        exact = _exact(self.local)
+        objective = Objective(self.task, exact.model.device, torch.float64)
+        rows = Rows(self.arena, self.task.scales, exact.model.device, torch.float64)
+        chunk = 1 if strategy in ALONE else count
+        found = []
+        try:
+            for choice in (Choice("reference", chunk), Choice(strategy, chunk, factored)):
+                totals, parts = Totals(("loss",)), []
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # the same random numbers, should the model draw any
+                    trainer = build(objective, choice)
+                    for first in range(0, count, chunk):
+                        steps = rows.steps(few, first, first + chunk)
+                        parts.append(trainer.run(steps, exact, chunk, totals))
+                update = torch.cat([part for part in parts if part is not None])
+                found.append((update, totals.read()["loss"].sum))
+        except Exception:  # noqa: BLE001  whatever the author's module raises here, the reference decides
+            return False
+        (expected, expected_loss), (update, loss) = found
+        size = expected.abs().max().item()
+        close = torch.allclose(update, expected, rtol=1e-9, atol=1e-9 * size)
+        return close and np.isclose(loss, expected_loss, rtol=1e-9).item()
 
-def seconds_per_step(cohort: Cohort | Eager, rows: Rows, batches: Batches, local: Local) -> float:
-    """Seconds for one step of one client, the share of what a chunk costs once included."""
-    clients = min(cohort.chunk, len(batches.clients))
-    few = _few(batches, clients=clients, steps=3, size=batches.rows.shape[2], spread=False)
-    weights = local.model.new_ones(clients)
-    mean = torch.zeros_like(local.model)
-    best = float("inf")
-    for _ in range(3):
+    def seconds_per_step(self, choice: Choice, limit: float = float("inf")) -> float:
+        """Seconds for one step of one client, the share of what a chunk costs once included; infinite as soon as they
+        are certain to be more than `limit`."""
+        trainer = build(self.objective, choice)
+        self._run(
+            trainer, self._few(choice.chunk, steps=1)
+        )  # memory and kernels are there after that
+        few = self._few(choice.chunk, MOST_STEPS)
+        count = int(few.num_steps.sum())
+        best = float("inf")
+        for _ in range(3):
+            try:
+                best = min(best, self._run(trainer, few, limit * count))
+            except _TooSlow:
+                break
+            if best > CERTAIN_SECONDS:
+                break
+        return best / count
+
+    def _run(self, trainer: Strategy, few: Batches, limit: float = float("inf")) -> float:
+        """Seconds. Raises `_TooSlow` if they are more than `limit`."""
+        clients, local = len(few.clients), self.local.part(0, len(few.clients))
+        weights, mean = local.model.new_ones(clients), torch.zeros_like(local.model)
         begin = time.perf_counter()
-        cohort.run(rows.steps(few), local, clients, Totals(("loss",)), mean, weights)
+        steps = _until(begin + limit, self.rows.steps(few))
+        trainer.run(steps, local, clients, Totals(("loss",)), mean, weights)
         if local.model.is_cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-        if best > SLOW_SECONDS:
-            break
-    return best / max(int(few.num_steps.sum()), 1)
+        return time.perf_counter() - begin
+
+    def _few(self, clients: int, steps: int) -> Batches:
+        """A chunk in the middle, whose clients have neither the most steps nor the fewest."""
+        first = max(len(self.batches.clients) - clients, 0) // 2
+        chosen = np.arange(first, min(first + clients, len(self.batches.clients)))
+        return _part(self.batches, chosen, steps, self.batches.rows.shape[2])
 
 
-SLOW_SECONDS = 0.3
-"""What takes longer is measured once: it cannot be noise."""
+class _Counting(Cohort):
+    rows: dict[str, int]
+
+    def _descend(self, local: Local, drift: dict[str, Tensor] | None) -> None:
+        self.rows = {
+            name: slot.product_rows() if isinstance(slot, Dense) else 0
+            for name, slot in self._slots.items()
+        }
+        super()._descend(local, drift)
 
 
-def _few(batches: Batches, clients: int, steps: int, size: int, spread: bool = True) -> Batches:
-    """Some clients' first steps with smaller batches."""
-    total = len(batches.clients)
-    clients = min(clients, total)
-    chosen = np.linspace(0, total - 1, clients).astype(np.int64) if spread else np.arange(clients)
+class _TooSlow(Exception):  # noqa: N818
+    pass
+
+
+def _until(deadline: float, steps: Iterator[Step]) -> Iterator[Step]:
+    for step in steps:
+        if time.perf_counter() > deadline:
+            raise _TooSlow
+        yield step
+
+
+def _part(batches: Batches, chosen: np.ndarray, steps: int, size: int) -> Batches:
+    """Some clients' first steps, each with at most `size` rows."""
     num_steps = np.minimum(batches.num_steps[chosen], steps)
     steps = int(num_steps.max(initial=0))
     return replace(
@@ -151,40 +259,3 @@ def _exact(local: Local) -> Local:
         anchor=model if local.anchor is local.model else one(local.anchor),
         correction=None if local.correction is None else one(local.correction),
     )
-
-
-def fastest(
-    task: Task,
-    arena: Arena,
-    objective: Objective,
-    rows: Rows,
-    batches: Batches,
-    local: Local,
-    chunk: int | None,
-) -> Cohort | Eager | None:
-    """The fastest proven candidate; None where only the reference will do.
-
-    `chunk` set: the only number of clients that is tried. Of a strategy, growing chunks are tried while that helps.
-    """
-    agrees: dict[str, bool] = {}
-    given_up: set[str] = set()
-    best: Cohort | Eager | None = None
-    least = {"": float("inf")}
-    for choice in candidates(objective, local, len(batches.clients)):
-        name = choice.strategy
-        if name in given_up:
-            continue
-        if chunk is not None and (name in ALONE) == (chunk > 1):
-            continue
-        if name not in agrees:
-            agrees[name] = proven(task, arena, batches, local, name)
-        if not agrees[name]:
-            continue
-        cohort = build(objective, replace(choice, chunk=chunk or choice.chunk))
-        seconds = seconds_per_step(cohort, rows, batches, local.part(0, cohort.chunk))
-        if seconds < min(least.values()):
-            best = cohort
-        if seconds > 1.1 * least.get(name, float("inf")) or chunk is not None:
-            given_up.add(name)
-        least[name] = min(seconds, least.get(name, seconds))
-    return best
