@@ -208,14 +208,19 @@ def defaults(name: str) -> dict[str, Any]:
 def method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """Build a method. Raises `InvalidConfig` for an unknown name, or a setting that is unknown or makes no sense."""
     name, build, default = _known(name)
-    settings = settings or {}
+    return build(**checked(name, default, settings or {}))
+
+
+def checked(name: str, default: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of `name`, those that are not given as by `default`. Raises `InvalidConfig` for one that is
+    unknown or of another kind than its default."""
     if unknown := sorted(settings.keys() - default.keys()):
         raise InvalidConfig(
             f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(default)}"
         )
     for key, value in settings.items():
         _check_kind(name, key, default[key], value)
-    return build(**{**default, **settings})
+    return {**default, **settings}
 
 
 def require(fits: bool, name: str, setting: str, expected: str, got: Any) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from homespun.errors import InvalidConfig
+from homespun.learning.asynchronous import fed_buff, is_fed_buff
 from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
+from homespun.simulation.asynchronous import Durations, clock
+from homespun.simulation.cohort_async import AsyncRounds
 from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
 from homespun.simulation.shards import Adding, Aggregation, Pool
 from homespun.simulation.spec import TrainerSpec
@@ -39,9 +42,21 @@ def cohort_rounds(
     chunk: int | None,
     train_metrics: bool,
     device: str,
-) -> tuple[CohortRounds, nn.Module]:
-    """The rounds, and the module of their task; `stack` closes what they hold. Raises `InvalidConfig`."""
+    draw: object = None,
+    durations: Durations | None = None,
+) -> tuple[CohortRounds | AsyncRounds, Task]:
+    """The rounds, and their task; `stack` closes what they hold. `draw`, `durations`: of asynchronous
+    ones. Raises `InvalidConfig`."""
     here = task if isinstance(task, Task) else task()
+    buffer = fed_buff({"max_weight": max_weight, **settings}) if is_fed_buff(method) else None
+    if buffer is not None:
+        method, settings = buffer.method, dict(buffer.settings)
+        if aggregation in (Aggregation.FIXED_POINT, Aggregation.SECURE):
+            raise InvalidConfig(
+                "asynchronous runs add their updates as floats",
+                hint='aggregation = "float"; a deployment masks them in groups (docs/async.md)',
+                got=aggregation,
+            )
     if aggregation not in set(Aggregation):
         raise InvalidConfig(
             f"unknown aggregation {aggregation!r}", hint=f"one of: {', '.join(Aggregation)}"
@@ -71,7 +86,7 @@ def cohort_rounds(
     pool: Pool = Workers(spec, workers) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
-    return CohortRounds(
+    rounds = CohortRounds(
         method=rule,
         pool=pool,
         adding=adding,
@@ -82,7 +97,23 @@ def cohort_rounds(
         evaluator=_evaluator(spec, here, evaluate_on),
         num_shards=shards,
         device=device,
-    ), here.model
+    )
+    if buffer is None:
+        return rounds, here
+    examples = here.num_examples(data.num_rows)
+    return AsyncRounds(
+        rounds=rounds,
+        buffer=buffer,
+        num_steps=here.num_steps,
+        clock=clock(
+            draw,
+            durations or Durations(),
+            examples,
+            concurrency=cohort,
+            size=buffer.size,
+            max_staleness=buffer.max_staleness,
+        ),
+    ), here
 
 
 def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,16 +69,12 @@ class CohortRounds:
             for clients in split(cohort, len(state.model), self.num_shards)
         ]
         order = Order(number, seed, state.model, state.server)
-        total = ShardSum()
-        for part in self.pool.run(order, shards):
-            total.add(part)
+        total = self.trained(order, shards)
         try:
             sums, clipped = self._sums(state.model, total, seed, number)
-            model, server = self.method.server_update(state.model, state.server, sums)
         except NumericFailure as error:
             raise failure_of(number, error.message) from error
-        if not bool(torch.isfinite(model).all()):
-            raise failure_of(number, "the model is not finite any more")
+        model, server = self.moved(state, sums, number)
         clients = state.clients
         if total.kept:
             clients = clients.copy()
@@ -91,6 +87,23 @@ class CohortRounds:
             weight=sums.numbers.get("weight", float(total.num_clients)),
             clipped=clipped,
         )
+
+    def trained(self, order: Order, shards: Sequence[Shard]) -> ShardSum:
+        """The sum of these shards."""
+        total = ShardSum()
+        for part in self.pool.run(order, shards):
+            total.add(part)
+        return total
+
+    def moved(self, state: CohortState, sums: Sums, number: int) -> tuple[Tensor, Vectors]:
+        """The next model and server's vectors. Raises `NumericFailure` naming the round."""
+        try:
+            model, server = self.method.server_update(state.model, state.server, sums)
+        except NumericFailure as error:
+            raise failure_of(number, error.message) from error
+        if not bool(torch.isfinite(model).all()):
+            raise failure_of(number, "the model is not finite any more")
+        return model, server
 
     def _sums(
         self, model: Tensor, total: ShardSum, seed: int, number: int
