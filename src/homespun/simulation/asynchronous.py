@@ -63,10 +63,12 @@ class Durations:
     def of(self, clients: Integers, examples: Integers, seed: int, number: int) -> Numbers:
         """[m] seconds of these clients in draw `number`."""
         base = self.seconds if self.measured is None else np.asarray(self.measured)[clients]
-        pace = _normal(counters.begin(seed, "pace"), clients)
-        chance = _normal(counters.begin(seed, "duration", number), clients)
-        drawn: Numbers = np.exp(self.spread * pace + self.jitter * chance)
-        return (base + self.per_example * examples) * drawn
+        logarithm = np.zeros(len(clients))
+        if self.spread:
+            logarithm += self.spread * _normal(counters.begin(seed, "pace"), clients)
+        if self.jitter:
+            logarithm += self.jitter * _normal(counters.begin(seed, "duration", number), clients)
+        return (base + self.per_example * examples) * np.exp(logarithm)
 
 
 def _normal(start: Words, numbers: Integers) -> Numbers:
@@ -178,7 +180,8 @@ class Clock:
         self._wave += 1
         slot = int(self.now // self.durations.slot_seconds)
         drawn = self.draw.draw(free + len(barred), self._wave, slot)
-        allowed = ~np.isin(drawn.clients, list(barred)) & (self.examples[drawn.clients] > 0)
+        allowed = np.array([client not in barred for client in drawn.clients.tolist()], np.bool_)
+        allowed &= self.examples[drawn.clients] > 0
         clients, dropped = drawn.clients[allowed][:free], drawn.dropped[allowed][:free]
         examples = self.examples[clients]
         seconds = self.durations.of(clients, examples, self.draw.seed, self._wave)
