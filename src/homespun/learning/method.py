@@ -139,8 +139,8 @@ def weighting(name: str) -> Weights:
 class Method:
     """One method.
 
-    `begin(model, layout)`: the server's vectors. `client_begin(model)`: vectors that every client starts with, nearly
-    always [d].
+    `begin(model, layout)`: the server's vectors. `client_begin(model, layout)`: vectors that every client starts
+    with, as short as can be: each that takes part keeps its own.
     `local(model, server, clients)`: one rule for each training that the client does in a round (nearly always one).
     `numbers`: what is known of a client before it trains; its `weight` is the factor of its update.
     `report(model, server, clients, results)`: None says that a client reports `weight * update` and `numbers`, and the
@@ -154,7 +154,7 @@ class Method:
     name: str
     server_update: Callable[[Array, Vectors, Sums], tuple[Array, Vectors]]
     begin: Callable[[Array, Layout], Vectors] = lambda model, layout: {}
-    client_begin: Callable[[Array], Vectors] | None = None
+    client_begin: Callable[[Array, Layout], Vectors] | None = None
     local: Callable[[Array, Vectors, Vectors], tuple[LocalRule, ...]] = (
         lambda model, server, clients: (PLAIN,)
     )

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from homespun.errors import InvalidConfig
 from homespun.learning.asynchronous import fed_buff, is_fed_buff
 from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
 from homespun.simulation.asynchronous import Durations, clock
+from homespun.simulation.clients import Clients
 from homespun.simulation.cohort_async import AsyncRounds
-from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
+from homespun.simulation.cohort_rounds import CohortRounds, Evaluator
 from homespun.simulation.shards import Adding, Aggregation, Pool
 from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.task import Task
@@ -94,7 +95,9 @@ def cohort_rounds(
         own=own,
         population=data.num_clients,
         seed=seed,
-        evaluator=_evaluator(spec, here, evaluate_on),
+        evaluator=None
+        if evaluate_on is None
+        else Evaluator(spec.engine(here, evaluate_on), owners(evaluate_on, data)),
         num_shards=shards,
         device=device,
     )
@@ -116,12 +119,12 @@ def cohort_rounds(
     ), here
 
 
-def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:
-    """Means over all of `rows`, whoever they belong to; the engine that measures them is made once."""
-    engine = spec.engine(task, rows) if rows is not None else None
-
-    def evaluate(model: Tensor) -> dict[str, float]:
-        sums = engine.evaluate(model) if engine is not None else {}
-        return {name: value.mean for name, value in sums.items()}
-
-    return evaluate
+def owners(evaluated: Arena, trained: Arena) -> Clients:
+    """For each client of `evaluated` the one of `trained` that it is, -1: none: by name; where there are no names, by
+    number, if there are equally many."""
+    if evaluated.clients is None and trained.clients is None:
+        same = evaluated.num_clients == trained.num_clients
+        return np.arange(evaluated.num_clients) if same else np.full(evaluated.num_clients, -1)
+    numbers = {name: number for number, name in enumerate(trained.clients or ())}
+    names = evaluated.clients or [""] * evaluated.num_clients
+    return np.array([numbers.get(name, -1) for name in names], np.int64)

@@ -68,7 +68,8 @@ class Durations:
             logarithm += self.spread * _normal(counters.begin(seed, "pace"), clients)
         if self.jitter:
             logarithm += self.jitter * _normal(counters.begin(seed, "duration", number), clients)
-        return (base + self.per_example * examples) * np.exp(logarithm)
+        seconds: Numbers = (base + self.per_example * examples) * np.exp(logarithm)
+        return seconds
 
 
 def _normal(start: Words, numbers: Integers) -> Numbers:
