@@ -116,10 +116,10 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.server = self.method.begin(self.model, self.layout)
-        begin = self.method.client_begin or (lambda model: {})
+        begin = self.method.client_begin or (lambda model, layout: {})
         self.clients = {
             name: self.problem.optimum[:, :1] * 0 + vector
-            for name, vector in begin(self.model).items()
+            for name, vector in begin(self.model, self.layout).items()
         }
 
     def evaluated(self) -> Any:

@@ -64,6 +64,15 @@ def test_rounds_as_json(config, tmp_path):
     assert len(json.loads(homespun("report", tmp_path / "other", "--json"))) == 3
 
 
+def test_asynchronous_rounds_from_a_file(config):
+    words = ("method.name=FedBuff", "method.settings.size=2", "durations.spread=0.5")
+    changes = [word for change in words for word in ("--set", change)]
+    records = [json.loads(r) for r in homespun("simulate", config, "--json", *changes).splitlines()]
+    assert [record["num_clients"] for record in records] == [2, 2, 2]
+    times = [record["virtual_seconds"] for record in records]
+    assert 0 < times[0] < times[1] < times[2]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -73,6 +82,8 @@ def test_rounds_as_json(config, tmp_path):
         ("data.source=tests.unit.simulated:task", "gave Task"),
         ("data.source=data", "names no function"),
         ("method.name=FedAvgg", "unknown method"),
+        ("durations.seconds=0", "above 0"),
+        ("durations.speed=1", "durations.speed"),
         ("simulation.cohort=99", "cohort is larger"),
     ],
 )

@@ -362,7 +362,9 @@ def counting():
         kept = {"steps": clients["steps"] + result.num_steps[:, None]}
         return Report({"update": weight[:, None] * result.update}, {"weight": weight}, kept)
 
-    return replace(averaging, client_begin=lambda model: {"steps": model[:1] * 0}, report=report)
+    return replace(
+        averaging, client_begin=lambda model, layout: {"steps": model[:1] * 0}, report=report
+    )
 
 
 def test_each_client_keeps_what_is_its_own(tmp_path, monkeypatch):

@@ -54,6 +54,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
             f"simulations need the package {error.name}", hint="pip install 'homespun[author]'"
         ) from error
     from homespun.plan.package import Plan
+    from homespun.simulation.asynchronous import Durations
     from homespun.simulation.history import text
     from homespun.simulation.stopping import EarlyStopping, Target
 
@@ -83,6 +84,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
         resume=resume,
         early_stopping=_same(settings.early_stopping, EarlyStopping),
         target=_same(settings.target, Target),
+        durations=_same(settings.durations, Durations),
         progress=not json,
         callbacks=(say,),
         **words,

@@ -13,20 +13,30 @@ instead, so that its steps get shorter as updates get staler (`divide_by="size"`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from homespun.errors import InvalidConfig, ShapeMismatch
-from homespun.learning.arrays import as_numpy, like
 from homespun.learning.contribution import ContributionCodec
-from homespun.learning.method import Array, Method, Sums, by_examples, equally, method, require
+from homespun.learning.method import (
+    Array,
+    Method,
+    Sums,
+    by_examples,
+    checked,
+    equally,
+    method,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedBuff:
-    """For a driver that keeps the time. `method`: what clients do and the server's step, of those that report nothing
-    but their update; `settings`: of it. `max_weight`: examples beyond which a client weighs no more, 0: all weigh 1.
-    `max_staleness`: who is further behind is dropped.
+    """For a driver that keeps the time, `simulation.cohort_async`.
+
+    `method`: what clients do and the server's step, of those that report nothing but their update; `settings`: of it.
+    `max_weight`: examples beyond which a client weighs no more, 0: all weigh 1. `max_staleness`: who is further behind
+    stops.
     """
 
     method: str = "FedAvg"
@@ -60,19 +70,23 @@ class FedBuff:
         codec = ContributionCodec(0, 1.0, self.max_weight, (), 1)
         return codec.weight(num_examples, staleness)
 
-    def sums(
-        self, updates: Array, num_examples: Sequence[int], staleness: Sequence[int], population: int
-    ) -> Sums:
-        """What the method's `server_update` is given for one buffer: updates [n, d], the others n long.
+    def sums(self, update: Array, weights: Sequence[float], population: int) -> Sums:
+        """What the method's `server_update` is given for one buffer. `update` [d]: sum of weights times updates.
 
-        Raises `ShapeMismatch` if these are not `size`.
+        Raises `ShapeMismatch` if there are not `size` weights.
         """
-        lengths = {len(updates), len(num_examples), len(staleness)}
-        if lengths != {self.size}:
-            raise ShapeMismatch(
-                "the buffer is not full", expected=self.size, got=str(sorted(lengths))
-            )
-        weights = [self.weight(*who) for who in zip(num_examples, staleness, strict=True)]
-        total = like(updates, as_numpy(weights)) @ updates
+        if len(weights) != self.size:
+            raise ShapeMismatch("the buffer is not full", expected=self.size, got=str(len(weights)))
         divisor = sum(weights) if self.divide_by == "weight" else float(self.size)
-        return Sums({"update": total}, {"weight": divisor}, self.size, population)
+        return Sums({"update": update}, {"weight": divisor}, self.size, population)
+
+
+def is_fed_buff(name: str) -> bool:
+    """Whether a method's name asks for it."""
+    return name.lower() == "fedbuff"
+
+
+def fed_buff(settings: Mapping[str, Any]) -> FedBuff:
+    """As a method's settings are given. Raises `InvalidConfig` for one that is unknown or makes no sense."""
+    default = {field.name: getattr(FedBuff(), field.name) for field in fields(FedBuff)}
+    return FedBuff(**checked("FedBuff", default, settings))

@@ -52,7 +52,7 @@ def ditto(pull: float, server: str, server_settings: Mapping[str, float], weight
         server,
         server_settings,
         weights,
-        client_begin=lambda model: {"own": model},
+        client_begin=lambda model, layout: {"own": model},
         local=local,
         report=report,
         evaluated=lambda model, vectors, clients: clients["own"],

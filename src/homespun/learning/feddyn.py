@@ -52,7 +52,7 @@ def fed_dyn(alpha: float) -> Method:
     return Method(
         name="FedDyn",
         begin=lambda model, layout: {"gradient": model * 0},
-        client_begin=lambda model: {"gradient": model * 0},
+        client_begin=lambda model, layout: {"gradient": model * 0},
         local=local,
         numbers=equally,
         report=report,

@@ -51,7 +51,9 @@ def fed_per(own: str, server: str, server_settings: Mapping[str, float], weights
 
     def whole(model: Array, vectors: Vectors, clients: Vectors) -> Array:
         """[m, d]: the common parameters with each client's own in their places."""
-        return (1 - vectors["own"]) * model + vectors["own"] * clients["own"]
+        parameters = clients["own"][:, :1] * 0 + model
+        parameters[:, vectors["own"] > 0] = clients["own"]
+        return parameters
 
     def local(model: Array, vectors: Vectors, clients: Vectors) -> tuple[LocalRule, ...]:
         return (LocalRule(start=whole(model, vectors, clients)),)
@@ -62,7 +64,7 @@ def fed_per(own: str, server: str, server_settings: Mapping[str, float], weights
         (result,) = results
         numbers = weigh(result.num_examples, result.num_steps)
         common = (1 - vectors["own"]) * result.update
-        kept = clients["own"] + vectors["own"] * result.update
+        kept = clients["own"] + result.update[:, vectors["own"] > 0]
         return Report({"update": numbers["weight"][:, None] * common}, numbers, {"own": kept})
 
     method = averaging(
@@ -70,7 +72,7 @@ def fed_per(own: str, server: str, server_settings: Mapping[str, float], weights
         server,
         server_settings,
         weights,
-        client_begin=lambda model: {"own": model},
+        client_begin=lambda model, layout: {"own": model[mask(model, layout) > 0]},
         local=local,
         report=report,
         evaluated=whole,

@@ -72,7 +72,7 @@ def ifca(clusters: int, spread: float, seed: int, weights: str) -> Method:
     return Method(
         name="IFCA",
         begin=begin,
-        client_begin=lambda model: {"choice": model[:1] * 0},
+        client_begin=lambda model, layout: {"choice": model[:1] * 0},
         local=local,
         numbers=weigh,
         report=report,

@@ -139,8 +139,8 @@ def weighting(name: str) -> Weights:
 class Method:
     """One method.
 
-    `begin(model, layout)`: the server's vectors. `client_begin(model)`: vectors that every client starts with, nearly
-    always [d].
+    `begin(model, layout)`: the server's vectors. `client_begin(model, layout)`: vectors that every client starts
+    with, as short as can be: each that takes part keeps its own.
     `local(model, server, clients)`: one rule for each training that the client does in a round (nearly always one).
     `numbers`: what is known of a client before it trains; its `weight` is the factor of its update.
     `report(model, server, clients, results)`: None says that a client reports `weight * update` and `numbers`, and the
@@ -154,7 +154,7 @@ class Method:
     name: str
     server_update: Callable[[Array, Vectors, Sums], tuple[Array, Vectors]]
     begin: Callable[[Array, Layout], Vectors] = lambda model, layout: {}
-    client_begin: Callable[[Array], Vectors] | None = None
+    client_begin: Callable[[Array, Layout], Vectors] | None = None
     local: Callable[[Array, Vectors, Vectors], tuple[LocalRule, ...]] = (
         lambda model, server, clients: (PLAIN,)
     )
@@ -208,14 +208,19 @@ def defaults(name: str) -> dict[str, Any]:
 def method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """Build a method. Raises `InvalidConfig` for an unknown name, or a setting that is unknown or makes no sense."""
     name, build, default = _known(name)
-    settings = settings or {}
+    return build(**checked(name, default, settings or {}))
+
+
+def checked(name: str, default: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of `name`, those that are not given as by `default`. Raises `InvalidConfig` for one that is
+    unknown or of another kind than its default."""
     if unknown := sorted(settings.keys() - default.keys()):
         raise InvalidConfig(
             f"{name} has no setting {unknown[0]!r}", hint=f"it takes: {', '.join(default)}"
         )
     for key, value in settings.items():
         _check_kind(name, key, default[key], value)
-    return build(**{**default, **settings})
+    return {**default, **settings}
 
 
 def require(fits: bool, name: str, setting: str, expected: str, got: Any) -> None:

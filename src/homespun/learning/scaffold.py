@@ -61,7 +61,7 @@ def scaffold(server: str, server_settings: Mapping[str, float]) -> Method:
     return Method(
         name="SCAFFOLD",
         begin=begin,
-        client_begin=lambda model: {"control": model * 0},
+        client_begin=lambda model, layout: {"control": model * 0},
         local=local,
         numbers=equally,
         report=report,

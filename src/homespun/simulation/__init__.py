@@ -15,6 +15,7 @@ _SHOWN = {
     "Participation": "participation",
     "Traces": "participation",
     "DayNight": "participation",
+    "Durations": "asynchronous",
 }
 
 

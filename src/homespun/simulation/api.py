@@ -14,13 +14,15 @@ import numpy as np
 from torch import nn
 
 from homespun.errors import InvalidConfig, InvalidInput
+from homespun.learning.asynchronous import is_fed_buff
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.package import Plan
 from homespun.simulation.arena import Arena
+from homespun.simulation.asynchronous import Durations
 from homespun.simulation.checkpoints import Checkpoints
 from homespun.simulation.clients import Clients
 from homespun.simulation.history import RoundRecord
-from homespun.simulation.participation import Availability, Participation
+from homespun.simulation.participation import Availability, Integers, Participation
 from homespun.simulation.progress import ProgressBar
 from homespun.simulation.run import CHECKPOINTS, Callback, Cohort, Ended, Files, Run
 from homespun.simulation.stopping import EarlyStopping, Target
@@ -94,6 +96,7 @@ def simulate(
     participation: Participation | Cohort | None = None,
     dropout: float = 0.0,
     availability: Availability | None = None,
+    durations: Durations | None = None,
     aggregation: Literal["float", "fixed-point", "secure"] = "float",
     clip_norm: float | None = None,
     max_weight: int = 0,
@@ -123,6 +126,10 @@ def simulate(
     each of them is lost before it reports with the probability `dropout`. `participation` says more about all of this
     (over-selection, weights, ...), or is a function from the round to its clients.
 
+    `durations`: how long clients take, for the virtual time of the history. With the method `FedBuff` (settings: those
+    of `homespun.learning.asynchronous.FedBuff`) nobody waits: `cohort` clients are at work at a time, and a round is a
+    step of the server.
+
     `method`, `method_settings`: of `homespun.learning.method`; for a plan those of a server optimizer. `initial`:
     parameters to begin with, by name; else the module's own. `aggregation`: `float`; `fixed-point`, the integers of a
     deployment; `secure`, these masked and unmasked, too (slow: small cohorts). `clip_norm`: L2 bound of a client's
@@ -148,11 +155,18 @@ def simulate(
         raise InvalidConfig(
             "dropout and availability are said twice", hint="say them in participation"
         )
-    clients = partial(_reporting, participation, data)
+    clients: Cohort = partial(_reporting, participation, data)
+    if asynchronous := is_fed_buff(method):
+        clients = lambda number: np.zeros(0, np.int64)  # noqa: E731 - the clock knows who takes part
     with ExitStack() as stack:
         module: nn.Module | None = None
         made: Any
         if isinstance(task, Plan):
+            if asynchronous:
+                raise InvalidConfig(
+                    "a plan is not simulated asynchronously", hint="simulate its task with FedBuff"
+                )
+            examples = np.minimum(data.num_rows, task.manifest.max_rows)
             if workers or aggregation == "float" or clip_norm is not None:
                 _refuse_for_plans(workers, aggregation, clip_norm)
             made = _plan_rounds(
@@ -171,7 +185,7 @@ def simulate(
         else:
             from homespun.simulation.assembly import cohort_rounds
 
-            made, module = cohort_rounds(
+            made, here = cohort_rounds(
                 stack,
                 task,
                 data,
@@ -191,7 +205,10 @@ def simulate(
                 chunk=chunk,
                 train_metrics=train_metrics,
                 device=device,
+                draw=participation,
+                durations=durations,
             )
+            module, examples = here.model, here.num_examples(data.num_rows)
         files = None
         if directory is not None:
             identity = {
@@ -200,6 +217,7 @@ def simulate(
                 "seed": str(seed),
                 "cohort": str(cohort),
                 "dropout": str(dropout),
+                "durations": str(durations),
                 "aggregation": f"{aggregation}, clip_norm {clip_norm}, max_weight {max_weight}",
                 "shards": str(shards),
                 "strategy": f"{strategy}, chunk {chunk}",
@@ -213,6 +231,10 @@ def simulate(
             )
         elif resume:
             raise InvalidConfig("nothing to resume without a directory")
+        lasts = None
+        if durations is not None and not asynchronous:
+            durations.check(data.num_clients)
+            lasts = partial(_lasts, durations, examples, seed)
         heard = list(callbacks)
         if progress:
             heard.append(stack.enter_context(ProgressBar(rounds)))
@@ -226,6 +248,7 @@ def simulate(
             target=target,
             files=files,
             callbacks=heard,
+            lasts=lasts,
         )
         ended: Ended[Any] = run.go(initial)
         return Result(
@@ -310,6 +333,13 @@ def _reporting(draw: Participation | Cohort, data: Arena, number: int) -> Client
             hint="nobody may be available then: look at availability and participation",
         )
     return clients
+
+
+def _lasts(
+    durations: Durations, examples: Integers, seed: int, number: int, clients: Clients
+) -> float:
+    """A round lasts as long as its slowest client."""
+    return float(durations.of(clients, examples[clients], seed, number).max())
 
 
 def _check(

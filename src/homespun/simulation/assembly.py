@@ -6,13 +6,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
 from homespun.errors import InvalidConfig
+from homespun.learning.asynchronous import fed_buff, is_fed_buff
 from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
-from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
+from homespun.simulation.asynchronous import Durations, clock
+from homespun.simulation.clients import Clients
+from homespun.simulation.cohort_async import AsyncRounds
+from homespun.simulation.cohort_rounds import CohortRounds, Evaluator
 from homespun.simulation.shards import Adding, Aggregation, Pool
 from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.task import Task
@@ -41,12 +45,23 @@ def cohort_rounds(
     train_metrics: bool,
     device: str,
     dtype: torch.dtype = torch.float32,
-) -> tuple[CohortRounds, nn.Module]:
-    """The rounds, and the module of their task; `stack` closes what they hold.
+    draw: object = None,
+    durations: Durations | None = None,
+) -> tuple[CohortRounds | AsyncRounds, Task]:
+    """The rounds, and their task; `stack` closes what they hold. `draw`, `durations`: of asynchronous ones.
 
     `dtype`: float64 is for proofs of equality, as checkpoints are of float32. Raises `InvalidConfig`.
     """
     here = task if isinstance(task, Task) else task()
+    buffer = fed_buff({"max_weight": max_weight, **settings}) if is_fed_buff(method) else None
+    if buffer is not None:
+        method, settings = buffer.method, dict(buffer.settings)
+        if aggregation in (Aggregation.FIXED_POINT, Aggregation.SECURE):
+            raise InvalidConfig(
+                "asynchronous runs add their updates as floats",
+                hint='aggregation = "float"; a deployment masks them in groups (docs/async.md)',
+                got=aggregation,
+            )
     if aggregation not in set(Aggregation):
         raise InvalidConfig(
             f"unknown aggregation {aggregation!r}", hint=f"one of: {', '.join(Aggregation)}"
@@ -77,7 +92,7 @@ def cohort_rounds(
     pool: Pool = Workers(spec, workers) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
-    return CohortRounds(
+    rounds = CohortRounds(
         method=rule,
         pool=pool,
         adding=adding,
@@ -85,19 +100,37 @@ def cohort_rounds(
         own=own,
         population=data.num_clients,
         seed=seed,
-        evaluator=_evaluator(spec, here, evaluate_on),
+        evaluator=None
+        if evaluate_on is None
+        else Evaluator(spec.engine(here, evaluate_on), owners(evaluate_on, data)),
         num_shards=shards,
         device=device,
         dtype=dtype,
-    ), here.model
+    )
+    if buffer is None:
+        return rounds, here
+    examples = here.num_examples(data.num_rows)
+    return AsyncRounds(
+        rounds=rounds,
+        buffer=buffer,
+        num_steps=here.num_steps,
+        clock=clock(
+            draw,
+            durations or Durations(),
+            examples,
+            concurrency=cohort,
+            size=buffer.size,
+            max_staleness=buffer.max_staleness,
+        ),
+    ), here
 
 
-def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:
-    """Means over all of `rows`, whoever they belong to; the engine that measures them is made once."""
-    engine = spec.engine(task, rows) if rows is not None else None
-
-    def evaluate(model: Tensor) -> dict[str, float]:
-        sums = engine.evaluate(model) if engine is not None else {}
-        return {name: value.mean for name, value in sums.items()}
-
-    return evaluate
+def owners(evaluated: Arena, trained: Arena) -> Clients:
+    """For each client of `evaluated` the one of `trained` that it is, -1: none: by name; where there are no names, by
+    number, if there are equally many."""
+    if evaluated.clients is None and trained.clients is None:
+        same = evaluated.num_clients == trained.num_clients
+        return np.arange(evaluated.num_clients) if same else np.full(evaluated.num_clients, -1)
+    numbers = {name: number for number, name in enumerate(trained.clients or ())}
+    names = evaluated.clients or [""] * evaluated.num_clients
+    return np.array([numbers.get(name, -1) for name in names], np.int64)

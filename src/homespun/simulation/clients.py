@@ -26,6 +26,10 @@ class ClientStore:
     def __len__(self) -> int:
         return len(self._row)
 
+    def known(self, clients: Clients) -> npt.NDArray[np.bool_]:
+        """[m]: who has taken part."""
+        return np.array([client in self._row for client in clients.tolist()], np.bool_)
+
     def take(self, clients: Clients) -> dict[str, AnyArray]:
         """What these clients have, name -> [m, ...]; copies."""
         places = [self._row.get(client, -1) for client in clients.tolist()]

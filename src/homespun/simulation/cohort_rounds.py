@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -13,17 +14,46 @@ from torch import Tensor
 from homespun.errors import NumericFailure
 from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.learning.method import Layout, Method, Sums, Vectors
+from homespun.learning.metrics import MetricSum
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.clients import Clients, ClientStore
 from homespun.simulation.cohort.results import Choice
 from homespun.simulation.secure import secure_sum
-from homespun.simulation.shards import Adding, Aggregation, Order, Pool, Shard, ShardSum, split
+from homespun.simulation.shards import (
+    CHUNK_BYTES,
+    Adding,
+    Aggregation,
+    Order,
+    Pool,
+    Shard,
+    ShardSum,
+    split,
+)
 from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.tensors import tree as trees
 from homespun.tensors.tree import Shapes
 from homespun.types import AnyArray, Tree
 
-Evaluate = Callable[[Tensor], dict[str, float]]
+PERSONAL = "personal."
+"""Before the metrics of clients with their own parameters, beside those of the model."""
+
+
+class Measures(Protocol):
+    """See `CohortEngine.evaluate`."""
+
+    def evaluate(
+        self, parameters: Tensor, clients: Clients | None = None
+    ) -> dict[str, MetricSum]: ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """`engine`: measures on the rows that were kept for it. `owners`: for each client of these rows, the training's
+    client that it is, -1: none of them.
+    """
+
+    engine: Measures
+    owners: Clients
 
 
 @dataclass(frozen=True)
@@ -49,7 +79,7 @@ class CohortRounds:
     own: Tree
     population: int
     seed: int
-    evaluator: Evaluate
+    evaluator: Evaluator | None
     num_shards: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -58,9 +88,10 @@ class CohortRounds:
         """Raises `ShapeMismatch` for parameters of another model."""
         vector = torch.from_numpy(trees.flatten(initial or self.own, self.shapes))
         model = vector.to(self.device, self.dtype)
-        kept = self.method.client_begin(model) if self.method.client_begin else {}
+        layout, first = Layout.of(self.shapes), self.method.client_begin
+        server = self.method.begin(model, layout)
+        kept = first(model, layout) if first else {}
         begin = {name: vector.cpu().numpy() for name, vector in kept.items()}
-        server = self.method.begin(model, Layout.of(self.shapes))
         return CohortState(model, server, ClientStore(begin))
 
     def round(
@@ -74,16 +105,12 @@ class CohortRounds:
             for clients in split(cohort, len(state.model), self.num_shards)
         ]
         order = Order(number, seed, state.model, state.server, state.choices)
-        total = ShardSum()
-        for part in self._trained(order, shards):
-            total.add(part)
+        total = self.trained(order, shards)
         try:
             sums, clipped = self._sums(state.model, total, seed, number)
-            model, server = self.method.server_update(state.model, state.server, sums)
         except NumericFailure as error:
             raise failure_of(number, error.message) from error
-        if not bool(torch.isfinite(model).all()):
-            raise failure_of(number, "the model is not finite any more")
+        model, server = self.moved(state, sums, number)
         clients = state.clients
         if total.kept:
             clients = clients.copy()
@@ -97,14 +124,29 @@ class CohortRounds:
             clipped=clipped,
         )
 
-    def _trained(self, order: Order, shards: list[Shard]) -> list[ShardSum]:
-        # Who trains the first shard of a run measures what is fastest, and all others go by it: the same bits
-        # whoever they are, and after a resume.
-        if order.choices:
-            return self.pool.run(order, shards)
-        first = self.pool.run(order, shards[:1])
-        order = replace(order, choices=first[0].choices)
-        return first + (self.pool.run(order, shards[1:]) if shards[1:] else [])
+    def trained(self, order: Order, shards: Sequence[Shard]) -> ShardSum:
+        """The sum of these shards.
+
+        Who trains the first shard of a run measures what is fastest, and all others go by it: the same bits whoever
+        they are, and after a resume.
+        """
+        total = ShardSum()
+        if not order.choices:
+            total.add(self.pool.run(order, shards[:1])[0])
+            order, shards = replace(order, choices=total.choices), shards[1:]
+        for part in self.pool.run(order, shards) if shards else []:
+            total.add(part)
+        return total
+
+    def moved(self, state: CohortState, sums: Sums, number: int) -> tuple[Tensor, Vectors]:
+        """The next model and server's vectors. Raises `NumericFailure` naming the round."""
+        try:
+            model, server = self.method.server_update(state.model, state.server, sums)
+        except NumericFailure as error:
+            raise failure_of(number, error.message) from error
+        if not bool(torch.isfinite(model).all()):
+            raise failure_of(number, "the model is not finite any more")
+        return model, server
 
     def _sums(
         self, model: Tensor, total: ShardSum, seed: int, number: int
@@ -132,7 +174,28 @@ class CohortRounds:
         return codec.total(total.contributions)
 
     def evaluate(self, state: CohortState) -> dict[str, float]:
-        return self.evaluator(state.model)
+        if self.evaluator is None:
+            return {}
+        sums = self.evaluator.engine.evaluate(state.model)
+        return {name: value.mean for name, value in {**sums, **self._personal(state)}.items()}
+
+    def _personal(self, state: CohortState) -> dict[str, MetricSum]:
+        """Loss and metrics of clients that have taken part, each with what it would predict with."""
+        assert self.evaluator is not None
+        owners, sums = self.evaluator.owners, dict[str, MetricSum]()
+        if self.method.evaluated is None:
+            return sums
+        theirs = np.flatnonzero(state.clients.known(owners))
+        most = max(1, CHUNK_BYTES // (4 * len(state.model)))
+        for first in range(0, len(theirs), most):
+            part = theirs[first : first + most]
+            kept = state.clients.take(owners[part])
+            clients = {name: torch.from_numpy(rows).to(state.model) for name, rows in kept.items()}
+            parameters = self.method.evaluated(state.model, state.server, clients)
+            for name, value in self.evaluator.engine.evaluate(parameters, part).items():
+                name = PERSONAL + name
+                sums[name] = sums.get(name, MetricSum(0.0, 0.0)) + value
+        return sums
 
     def parameters(self, state: CohortState) -> Tree:
         vector = state.model.detach().cpu().numpy().copy()

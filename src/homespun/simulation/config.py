@@ -19,6 +19,9 @@ settings = { learning_rate = 0.01 }
 [early_stopping]                      # optional, as is [target]
 metric = "loss"
 patience = 5
+
+[durations]                           # optional: virtual time; with [method] name = "FedBuff" nobody waits for anybody
+seconds = 60
 """
 
 from __future__ import annotations
@@ -89,6 +92,17 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     mode: Literal["min", "max"] | None = None
 
 
+class DurationsSection(_Section, frozen=True, kw_only=True):
+    """Those of `asynchronous.Durations`."""
+
+    seconds: float = 60.0
+    per_example: float = 0.0
+    spread: float = 1.0
+    jitter: float = 0.0
+    measured: list[float] | None = None
+    slot_seconds: float = 3600.0
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -98,6 +112,7 @@ class Config(_Section, frozen=True, kw_only=True):
     method: MethodSection = MethodSection()
     early_stopping: StoppingSection | None = None
     target: TargetSection | None = None
+    durations: DurationsSection | None = None
 
 
 SECTIONS: Mapping[str, type[_Section]] = {
@@ -107,6 +122,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "method": MethodSection,
     "early_stopping": StoppingSection,
     "target": TargetSection,
+    "durations": DurationsSection,
 }
 
 

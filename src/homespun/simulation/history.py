@@ -18,6 +18,10 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     `num_clients` took part, `num_steps` local steps were made by them together; `weight`: sum of the clients'
     weights; `clipped`: share of the clients whose update was clipped, None where nothing clips. `seconds`: wall time
     of the round, evaluation included; `time`: when it ended, UTC, ISO 8601.
+
+    Of asynchronous runs, where a round is a step of the server: `virtual_seconds`, its time on the simulated clock;
+    `staleness`, the mean of the updates in it, and `most_stale`, the largest. `loss`, `metrics` and `clipped` are there
+    of those who began from the model before it, all else of those whose updates are in it.
     """
 
     round: int
@@ -31,6 +35,9 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     weight: float
     clipped: float | None = None
     seconds: float
+    virtual_seconds: float | None = None
+    staleness: float | None = None
+    most_stale: int | None = None
 
     @property
     def training(self) -> dict[str, float]:

@@ -199,23 +199,27 @@ class Participation:
         """Who takes part in round `round_number`; nobody, if nobody is available."""
         # The small term keeps 10 * 1.1 at 11, which floating point makes a little more.
         asked = int(np.ceil(self.wanted * self.over_selection - 1e-9))
-        chosen = self._draw(asked, round_number)
+        return self.draw(asked, round_number, round_number // self.rounds_per_slot)
+
+    def draw(self, asked: int, number: int, slot: int) -> Cohort:
+        """`asked` clients in draw `number`, of those available in `slot`; fewer if there are not so many."""
+        chosen = self._draw(asked, number, slot)
         chance = self.drop_out[chosen] if isinstance(self.drop_out, np.ndarray) else self.drop_out
-        start = counters.begin(self.seed, "drop-out", round_number)
+        start = counters.begin(self.seed, "drop-out", number)
         return Cohort(
             clients=chosen if self.population is None else self.population[chosen],
             dropped=counters.uniform(start, chosen) < chance,
             wanted=self.wanted,
         )
 
-    def _draw(self, asked: int, round_number: int) -> Integers:
-        generator = rng.stream(self.seed, "cohort", round_number)
+    def _draw(self, asked: int, number: int, slot: int) -> Integers:
+        generator = rng.stream(self.seed, "cohort", number)
         if self.availability is None and self.weights is None:
             asked = min(asked, self.num_clients)
             return generator.choice(self.num_clients, asked, replace=False).astype(np.int64)
         possible = np.ones(self.num_clients, np.bool_)
         if self.availability is not None:
-            possible = self.availability.available(round_number // self.rounds_per_slot)
+            possible = self.availability.available(slot)
         if self.weights is None:
             candidates = np.flatnonzero(possible)
             return generator.choice(candidates, min(asked, len(candidates)), replace=False)

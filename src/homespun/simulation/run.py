@@ -65,7 +65,9 @@ class Ended(Generic[S]):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Generic[S]):
-    """`evaluated`: whether the model is evaluated, every `evaluate_every` rounds and after the last."""
+    """`evaluated`: whether the model is evaluated, every `evaluate_every` rounds and after the last. `lasts`: virtual
+    seconds of a round of these clients, if somebody wants to know.
+    """
 
     rounds: Rounds[S]
     num_rounds: int
@@ -76,6 +78,7 @@ class Run(Generic[S]):
     target: Target | None = None
     files: Files | None = None
     callbacks: Sequence[Callback] = ()
+    lasts: Callable[[int, npt.NDArray[np.int64]], float] | None = None
 
     def go(self, initial: Tree | None = None) -> Ended[S]:
         """Begin, or go on where the directory says. Raises what rounds, files and callbacks raise."""
@@ -85,7 +88,12 @@ class Run(Generic[S]):
             if self._reason(history.records):
                 break
             began = time.perf_counter()
-            state, trained = self.rounds.round(state, number, self.cohort(number))
+            cohort = self.cohort(number)
+            state, trained = self.rounds.round(state, number, cohort)
+            if self.lasts is not None:
+                before = history.records[-1].virtual_seconds if history.records else None
+                ended = (before or 0.0) + self.lasts(number, cohort)
+                trained = replace(trained, timing={"virtual_seconds": ended})
             evaluation = self._evaluation(state, number)
             record = _record(number, trained, evaluation, time.perf_counter() - began)
             history.append(record)
@@ -170,4 +178,5 @@ def _record(
         weight=trained.weight,
         clipped=trained.clipped,
         seconds=round(seconds, 6),
+        **trained.timing,
     )

@@ -106,10 +106,23 @@ class Order:
 
 @dataclass(frozen=True)
 class Shard:
-    """`clients` [m], ascending; `kept`: what they have from earlier rounds, name -> [m, ...]."""
+    """`clients` [m], ascending; `kept`: what they have from earlier rounds, name -> [m, ...]. `shares` [m, k]: updates
+    are wanted in k sums, each client's with these weights, instead of in the method's one: [k, d].
+    """
 
     clients: Clients
     kept: Mapping[str, AnyArray] = field(default_factory=dict)
+    shares: AnyArray | None = None
+
+    def part(self, first: int, last: int) -> Shard:
+        """Of the clients `first` to `last` only."""
+        kept = {name: rows[first:last] for name, rows in self.kept.items()}
+        shares = None if self.shares is None else self.shares[first:last]
+        return Shard(self.clients[first:last], kept, shares)
+
+    def rows(self, array: AnyArray, batches: Batches) -> Tensor:
+        """One of its arrays [m, ...] in the order of `batches`, where who has the most steps comes first."""
+        return torch.from_numpy(array[np.searchsorted(self.clients, batches.clients)])
 
 
 @dataclass(kw_only=True)
@@ -196,14 +209,13 @@ class ShardTrainer:
     def _trained(self, order: Order, shard: Shard) -> ShardSum:
         method, model = self.method, order.model
         rules = method.local(model, order.server, {}) if not shard.kept else ()
-        if self._summable(rules):
-            return self._mean(order, self.batches(order.number, shard.clients), rules[0])
+        one_sum = shard.shares is None or shard.shares.shape[1] == 1
+        if one_sum and self._summable(rules):
+            return self._mean(order, shard, rules[0])
         total = ShardSum()
         most = max(1, CHUNK_BYTES // (4 * len(model)))
         for start in range(0, len(shard.clients), most):
-            clients = shard.clients[start : start + most]
-            kept = {name: rows[start : start + most] for name, rows in shard.kept.items()}
-            total.add(self._each(order, clients, kept))
+            total.add(self._each(order, shard.part(start, start + most)))
         if self.adding.aggregation is Aggregation.FIXED_POINT:
             codec = self.adding.codec(len(model), order.seed)
             total.contributions = [codec.total(total.contributions)]
@@ -217,23 +229,27 @@ class ShardTrainer:
         alone = len(rules) == 1 and rules[0].candidates is None and not rules[0].wants_gradient
         return not special and plain and alone
 
-    def _mean(self, order: Order, batches: Batches, rule: LocalRule) -> ShardSum:
+    def _mean(self, order: Order, shard: Shard, rule: LocalRule) -> ShardSum:
+        batches = self.batches(order.number, shard.clients)
         numbers = self._numbers(order.model, batches)
-        partial = self.engine.mean_path(order.model, batches, numbers["weight"], rule)
+        weights = numbers["weight"]
+        if shard.shares is not None:
+            weights = shard.rows(shard.shares, batches)[:, 0].to(order.model)
+        partial = self.engine.mean_path(order.model, batches, weights, rule)
+        shape = (-1,) if shard.shares is None else (1, -1)
         return ShardSum(
-            vectors={name: _array(vector) for name, vector in partial.vectors.items()},
+            vectors={
+                name: _array(vector).reshape(shape) for name, vector in partial.vectors.items()
+            },
             numbers={name: _total(number) for name, number in numbers.items()},
             metrics=dict(partial.metrics),
             **_counts(batches),
         )
 
-    def _each(self, order: Order, clients: Clients, kept: Mapping[str, AnyArray]) -> ShardSum:
+    def _each(self, order: Order, shard: Shard) -> ShardSum:
         method, model = self.method, order.model
-        batches = self.batches(order.number, clients)
-        places = np.searchsorted(clients, batches.clients)  # who has the most steps comes first
-        state = {
-            name: torch.from_numpy(rows[places]).to(model.device) for name, rows in kept.items()
-        }
+        batches = self.batches(order.number, shard.clients)
+        state = {n: shard.rows(array, batches).to(model.device) for n, array in shard.kept.items()}
         rules = method.local(model, order.server, state)
         trained = [self.engine.train(model, batches, rule) for rule in rules]
         results = tuple(result for result, _ in trained)
@@ -243,6 +259,10 @@ class ShardTrainer:
             return total
         if self.adding.clip_norm is not None:
             results = (self._clipped(total, results[0]), *results[1:])
+        if shard.shares is not None:
+            shares = shard.rows(shard.shares, batches).to(model)
+            total.vectors = {"update": _array(shares.T @ results[0].update)}
+            return total
         if method.report:
             report = reported(method, model, order.server, state, results)
             vectors, numbers = report.vectors, report.numbers

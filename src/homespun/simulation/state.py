@@ -7,7 +7,7 @@ two: `cohort_rounds`, a PyTorch task on the cohort engine, and `plans`, a plan a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a round's training was like; see `RoundRecord`."""
+    """What a round's training was like; see `RoundRecord`. `timing`: of those fields, what a clock says."""
 
     metrics: dict[str, MetricSum] = field(default_factory=dict)
     num_clients: int
@@ -31,6 +31,7 @@ class Trained:
     num_steps: int
     weight: float
     clipped: float | None = None
+    timing: dict[str, Any] = field(default_factory=dict)
 
 
 class Rounds(Protocol[S]):

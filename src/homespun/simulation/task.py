@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from homespun.errors import InvalidConfig
 from homespun.plan.build.steps import PerElement
 from homespun.plan.manifest import ClientOptimizer
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +41,11 @@ class Task:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{name} must be at least 1", got=value)
+
+    def num_examples(self, num_rows: Integers) -> Integers:
+        """[m]: what clients with so many rows train on."""
+        return num_rows if self.max_rows is None else np.minimum(num_rows, self.max_rows)
+
+    def num_steps(self, num_examples: Integers) -> Integers:
+        """[m]: local steps of clients that train on so many."""
+        return -(-num_examples // self.batch_size) * self.local_epochs

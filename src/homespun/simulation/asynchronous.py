@@ -1,0 +1,235 @@
+"""Time in a simulation: how long clients take, and who is at work when nobody waits for anybody.
+
+When a client finishes, another begins with the model of that moment. Nobody's time depends on what is learned, so the
+clock may run ahead of the training: before a model's clients are trained, it is known which of the server's steps each
+of them will be part of, and how stale it will be by then.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from homespun.errors import InvalidConfig, InvalidInput, ShapeMismatch
+from homespun.simulation import counters
+from homespun.simulation.counters import Words
+from homespun.simulation.participation import Integers, Numbers, Participation
+
+IDLE_SLOTS = 2_000
+"""So many slots of availability without anybody at work end a run that would never end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """Seconds from a client's begin to its report: (`seconds` + `per_example` * examples) * its pace * chance.
+
+    Pace and chance are log-normal with median 1: `spread` is the standard deviation of the logarithm of paces, which
+    clients keep for the whole run, `jitter` that of chance, anew each time. `measured` [num_clients]: seconds of each
+    client, instead of `seconds`. A slot of availability is `slot_seconds` long.
+    """
+
+    seconds: float = 60.0
+    per_example: float = 0.0
+    spread: float = 1.0
+    jitter: float = 0.0
+    measured: Sequence[float] | None = None
+    slot_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidConfig` for what is no length of time."""
+        values = (self.per_example, self.spread, self.jitter)
+        lengths = (
+            self.seconds,
+            self.slot_seconds,
+            *(() if self.measured is None else self.measured),
+        )
+        if not all(0 <= value < float("inf") for value in values):
+            raise InvalidConfig("per_example, spread and jitter are numbers from 0 on")
+        if not all(0 < value < float("inf") for value in lengths):
+            raise InvalidConfig("seconds, slot_seconds and measured are numbers above 0")
+
+    def check(self, num_clients: int) -> None:
+        """Raises `ShapeMismatch` for times of other clients."""
+        if self.measured is not None and len(self.measured) != num_clients:
+            raise ShapeMismatch(
+                "not one measured duration per client", expected=num_clients, got=len(self.measured)
+            )
+
+    def of(self, clients: Integers, examples: Integers, seed: int, number: int) -> Numbers:
+        """[m] seconds of these clients in draw `number`."""
+        base = self.seconds if self.measured is None else np.asarray(self.measured)[clients]
+        logarithm = np.zeros(len(clients))
+        if self.spread:
+            logarithm += self.spread * _normal(counters.begin(seed, "pace"), clients)
+        if self.jitter:
+            logarithm += self.jitter * _normal(counters.begin(seed, "duration", number), clients)
+        seconds: Numbers = (base + self.per_example * examples) * np.exp(logarithm)
+        return seconds
+
+
+def _normal(start: Words, numbers: Integers) -> Numbers:
+    """Box and Muller 1958: two even numbers make a normal one."""
+    first, second = (counters.uniform(start, 2 * numbers + k) for k in (0, 1))
+    normal: Numbers = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+    return normal
+
+
+@dataclass
+class Start:
+    """A client that began when the server had made `version` steps; its update is part of step `step`, 0: of none."""
+
+    client: int
+    version: int
+    examples: int
+    step: int = 0
+    lost: bool = False
+
+    @property
+    def staleness(self) -> int:
+        """Steps of the server between the model it began from and the one that its update moves."""
+        return self.step - 1 - self.version
+
+
+@dataclass
+class Step:
+    """A step of the server: when, and whose updates it is made of."""
+
+    time: float
+    members: list[Start]
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """`concurrency` clients at work at a time, a step for every `size` that finish.
+
+    Who has fallen more than `max_staleness` steps behind stops. Who finishes at the same moment is received before
+    anybody begins. A client is at work once at a time and begins once from the same model. `examples`: what a client
+    trains on, [num_clients]. Everything follows from the seed of `draw` and the arguments.
+    """
+
+    draw: Participation
+    durations: Durations
+    examples: Integers
+    concurrency: int
+    size: int
+    max_staleness: int
+    now: float = 0.0
+    version: int = 0
+    _wave: int = 0
+    _order: int = 0
+    _work: list[tuple[float, int, Start]] = field(default_factory=list)
+    _buffer: list[Start] = field(default_factory=list)
+    _began: dict[int, list[Start]] = field(default_factory=lambda: defaultdict(list))
+    _steps: dict[int, Step] = field(default_factory=dict)
+
+    def began(self, version: int) -> list[Start]:
+        """Those who begin from the model after `version` steps and report in time; asked once, versions in order."""
+        while self.version <= version or any(
+            start.version <= version for _, _, start in self._work
+        ):
+            self._next_moment()
+        return [start for start in self._began.pop(version, []) if start.step]
+
+    def step(self, number: int) -> Step:
+        """The server's step `number`; asked once, in order."""
+        while number not in self._steps:
+            self._next_moment()
+        return self._steps.pop(number)
+
+    def _next_moment(self) -> None:
+        for _ in range(IDLE_SLOTS):
+            self._fill()
+            if self._work:
+                break
+            self.now = (self.now // self.durations.slot_seconds + 1) * self.durations.slot_seconds
+        else:
+            raise InvalidInput(
+                f"nobody can begin, and step {self.version + 1} needs {self.size - len(self._buffer)} more clients",
+                hint="lower the size of the buffer, or look at availability and participation",
+            )
+        self.now = self._work[0][0]
+        while self._work and self._work[0][0] == self.now:
+            start = heapq.heappop(self._work)[-1]
+            if not start.lost:
+                start.step = self.version + 1
+                self._buffer.append(start)
+            if len(self._buffer) == self.size:
+                self._make_step()
+
+    def _make_step(self) -> None:
+        self.version += 1
+        self._steps[self.version] = Step(self.now, self._buffer)
+        self._buffer = []
+        oldest = self.version - self.max_staleness
+        if any(start.version < oldest for _, _, start in self._work):
+            self._work = [item for item in self._work if item[-1].version >= oldest]
+            heapq.heapify(self._work)
+
+    def _fill(self) -> None:
+        """New clients in the free places."""
+        free = self.concurrency - len(self._work)
+        if not free:
+            return
+        # Its batches depend on the client and the model: twice the same would be the same update twice.
+        barred = {start.client for _, _, start in self._work}
+        barred |= {start.client for start in self._began[self.version] if start.step}
+        self._wave += 1
+        slot = int(self.now // self.durations.slot_seconds)
+        drawn = self.draw.draw(free + len(barred), self._wave, slot)
+        allowed = np.array([client not in barred for client in drawn.clients.tolist()], np.bool_)
+        allowed &= self.examples[drawn.clients] > 0
+        clients, dropped = drawn.clients[allowed][:free], drawn.dropped[allowed][:free]
+        examples = self.examples[clients]
+        seconds = self.durations.of(clients, examples, self.draw.seed, self._wave)
+        for client, count, lost, length in zip(
+            clients.tolist(), examples.tolist(), dropped.tolist(), seconds.tolist(), strict=True
+        ):
+            start = Start(client, self.version, count, lost=lost)
+            self._order += 1
+            heapq.heappush(self._work, (self.now + length, self._order, start))
+            self._began[self.version].append(start)
+
+
+def clock(
+    draw: object,
+    durations: Durations,
+    examples: Integers,
+    *,
+    concurrency: int,
+    size: int,
+    max_staleness: int,
+) -> Callable[[], Clock]:
+    """A clock that begins anew at every call: a run that is resumed runs it again to where it was.
+
+    `draw`: of a `Participation`; `examples` [num_clients of the arena]. Raises `InvalidConfig` for what no clock can
+    do, `ShapeMismatch` as `Durations.check`.
+    """
+    if not isinstance(draw, Participation) or draw.over_selection != 1:
+        raise InvalidConfig(
+            "asynchronous runs have no cohort that could be given or over-selected",
+            hint="give a Participation without over_selection",
+        )
+    durations.check(len(examples))
+    there = np.arange(draw.num_clients) if draw.population is None else draw.population
+    drawable = np.ones(len(there), np.bool_) if draw.weights is None else draw.weights > 0
+    usable = int((drawable & (examples[there] > 0)).sum())
+    if size > usable:
+        raise InvalidConfig(
+            "FedBuff's size is larger than the clients that have rows",
+            expected=f"<= {usable}",
+            got=size,
+        )
+    return partial(
+        Clock,
+        draw=draw,
+        durations=durations,
+        examples=examples,
+        concurrency=concurrency,
+        size=size,
+        max_staleness=max_staleness,
+    )
