@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import homespun
-from homespun.errors import InvalidConfig, NumericFailure, PlanCrashed
+from homespun.errors import InvalidConfig, NotFound, NumericFailure, PlanCrashed
+from homespun.simulation import workers as module
+from homespun.simulation.arena import Arena
+from homespun.simulation.processes import Processes
 from homespun.simulation.shards import Order, Shard, ShardSum
-from homespun.simulation.workers import Workers
+from homespun.simulation.workers import Lost, Workers, deal
 from tests.unit.simulated import data, task
 
 NUM_SHARDS = 5
+KILLS_TWICE, KILLS, FAILS = 2, 66, 99
 
 
 @dataclass
-class Killing:
-    """A trainer whose worker kills itself at shard 2, as often as `times` says; files count across processes."""
+class Odd:
+    """A trainer that is killed by some clients; how often is counted by files, which outlive it."""
 
     marks: str
-    times: int
+    arena: Arena
 
     def build(self):
         return self
@@ -34,17 +40,50 @@ class Killing:
 
     def run(self, order, shards):
         (shard,) = shards
-        if shard.clients[0] == 2:
-            for number in range(self.times):
-                try:
-                    os.close(os.open(f"{self.marks}/{number}", os.O_CREAT | os.O_EXCL))
-                except FileExistsError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
-        if shard.clients[0] == 99:
+        client = int(shard.clients[0])
+        for number in range({KILLS_TWICE: 2, KILLS: 100}.get(client, 0)):
+            try:
+                os.close(os.open(f"{self.marks}/{client}-{number}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        if client == FAILS:
             raise NumericFailure("shard 99", hint="as it should be", round=order.number)
-        vector = order.model.numpy() * shard.clients[0] + order.server["v"].numpy()
-        return [ShardSum(vectors={"update": vector}, num_clients=len(shard.clients))]
+        vector = order.model.numpy() * client + order.server["v"].numpy()
+        mapped = {name: float(mapped_from_file(a)) for name, a in self.arena.inputs.items()}
+        mapped["sum"] = float(sum(a[-1].sum() for a in self.arena.inputs.values()))
+        return [
+            ShardSum(vectors={"update": vector}, numbers=mapped, num_clients=len(shard.clients))
+        ]
+
+
+def mapped_from_file(array):
+    """Whether the array's memory is that of a mapped file, by the kernel's own list."""
+    address = array.__array_interface__["data"][0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if begin <= address < end:
+            return "/" in line
+    return False
+
+
+ROWS = 200_000
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    """One input is a file already, the other is in memory."""
+    folder = tmp_path_factory.mktemp("arena")
+    on_disk = Arena({"a": np.arange(ROWS)}, np.array([0, ROWS]))
+    on_disk.save(folder)
+    inputs = {"a": Arena.open(folder).inputs["a"], "b": np.arange(ROWS) * 3}
+    return Arena(inputs, on_disk.offsets)
+
+
+@pytest.fixture(scope="module")
+def pool(arena, tmp_path_factory):
+    with Processes(Odd(str(tmp_path_factory.mktemp("marks")), arena), 2) as workers:
+        yield workers
 
 
 def order(number):
@@ -55,28 +94,129 @@ def shards(*clients):
     return [Shard(np.array([client])) for client in clients]
 
 
-def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(tmp_path):
-    with Workers(Killing(str(tmp_path), 2), 2) as workers:
-        before = workers.process_ids
-        for number in (1, 2):
-            found = workers.run(order(number), shards(*range(NUM_SHARDS)))
-            expected = [(np.arange(3) + number) * client + 1 for client in range(NUM_SHARDS)]
-            assert [part.vectors["update"].tolist() for part in found] == [
-                vector.tolist() for vector in expected
-            ]
-        assert len(list(tmp_path.iterdir())) == 2  # it was really killed
-        assert workers.process_ids != before
+def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(pool):
+    before = pool.process_ids
+    for number in (1, 2):
+        found = pool.run(order(number), shards(*range(NUM_SHARDS)))
+        expected = [(np.arange(3) + number) * client + 1 for client in range(NUM_SHARDS)]
+        assert [part.vectors["update"].tolist() for part in found] == [
+            vector.tolist() for vector in expected
+        ]
+        assert all(part.vectors["update"].flags.writeable for part in found)
+    assert len(set(before) & set(pool.process_ids)) < 2  # somebody was really killed
 
 
-def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(tmp_path):
-    with Workers(Killing(str(tmp_path), 100), 1) as workers:
-        with pytest.raises(PlanCrashed, match="died 3 times"):
-            workers.run(order(1), shards(1, 2))
-        with pytest.raises(NumericFailure, match="shard 99") as caught:
-            workers.run(order(7), shards(1, 99, 3))
-        assert (caught.value.hint, caught.value.details) == ("as it should be", {"round": 7})
-        (again,) = workers.run(order(8), shards(5))
-        assert again.num_clients == 1
+def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(pool):
+    with pytest.raises(PlanCrashed, match=r"trained shard 1 died 3 times \(exit code -9"):
+        pool.run(order(3), shards(1, KILLS))
+    with pytest.raises(NumericFailure, match="shard 99") as caught:
+        pool.run(order(7), shards(1, FAILS, 3))
+    assert (caught.value.hint, caught.value.details) == ("as it should be", {"round": 7})
+    (again,) = pool.run(order(8), shards(5))
+    assert again.vectors["update"].tolist() == [41, 46, 51]
+
+
+def test_workers_map_the_rows_and_copy_none(pool, arena):
+    (found,) = pool.run(order(9), shards(1))
+    assert found.numbers == {"a": 1.0, "b": 1.0, "sum": 4.0 * (ROWS - 1)}
+    assert not mapped_from_file(arena.inputs["b"])
+    buffers = []
+    head = pickle.dumps(arena, protocol=5, buffer_callback=buffers.append)
+    assert len(head) < 2_000
+    assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * (ROWS + 2)  # b and the offsets
+
+
+def test_what_is_not_just_a_file_travels_as_rows(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(10))
+    for array in (np.load(path, mmap_mode="r")[2:], np.load(path, mmap_mode="c")):
+        again = pickle.loads(pickle.dumps(Arena({"x": array}, np.array([0, len(array)]))))
+        assert not mapped_from_file(again.inputs["x"])
+        assert again.inputs["x"].tolist() == array.tolist()
+    sent = pickle.dumps(Arena({"x": np.load(path, mmap_mode="r")}, np.array([0, 10])))
+    path.unlink()
+    with pytest.raises(NotFound, match=r"x\.npy is not here"):
+        pickle.loads(sent)
+
+
+def test_the_first_piece_goes_to_whoever_ends_it_first():
+    assert deal([0.0, 0.0], [1.0, 1.0], [3, 2, 2, 1]) == [0, 1, 1, 0]
+    assert deal([0.0, 0.0], [1.0, 5.0], [1, 1, 1, 1]) == [0, 0, 0, 0]
+    assert deal([9.0, 0.0], [1.0, 5.0], [1, 1]) == [1, 0]
+    assert deal([], [], [1]) == []
+
+
+class Slow:
+    """A worker on a clock of our own: it takes `pace` for a client."""
+
+    def __init__(self, pace):
+        self.pace, self.trained, self.answers = pace, [], []
+
+    def start(self):
+        self.answers = [(0.0, None)]
+
+    def send(self, job):
+        _, _, shard = job
+        seconds = self.pace * int(shard.clients[0])
+        self.trained.append(int(shard.clients[0]))
+        self.answers.append((Clock.now + seconds, ShardSum(num_clients=int(shard.clients[0]))))
+
+    def receive(self):
+        return self.answers.pop()[1]
+
+    def end(self):
+        pass
+
+
+class Clock:
+    now = 0.0
+
+
+class Team(Workers):
+    def _publish(self, order):
+        return order
+
+    def _wait(self, workers, seconds):
+        first = min(worker.answers[-1][0] for worker in workers)
+        Clock.now = max(Clock.now, first)
+        return [worker for worker in workers if worker.answers[-1][0] == first]
+
+
+def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
+    monkeypatch.setattr(module.time, "monotonic", lambda: Clock.now)
+    fast, slow = Slow(1.0), Slow(5.0)
+    team = Team([fast, slow], lambda shard: float(shard.clients[0]))
+    for number in range(4):
+        fast.trained, slow.trained, began = [], [], Clock.now
+        found = team.run(order(number), shards(2, 4, 8, 3, 1, 6))
+        assert [part.num_clients for part in found] == [2, 4, 8, 3, 1, 6]
+    assert sum(slow.trained) == 4
+    assert fast.trained[0] == 8
+    assert Clock.now - began == 20.0  # the fast one alone needs 24, halves 60
+
+
+class Broken(Slow):
+    def receive(self):
+        raise Lost("no GPU")
+
+
+def test_workers_that_never_begin_end_the_run():
+    with pytest.raises(PlanCrashed, match=r"workers that were started died 6 times \(no GPU"):
+        Team([Broken(1.0), Broken(1.0)], lambda shard: 1.0).run(order(1), shards(1))
+
+
+def test_a_worker_that_is_not_ready_is_not_waited_for_and_nobody_at_all_is_an_error():
+    class Pending(Team):
+        def _wait(self, workers, seconds):
+            there = [worker for worker in workers if worker is not never]
+            return super()._wait(there, seconds) if there else []
+
+    here, never = Slow(1.0), Slow(1.0)
+    team = Pending([here, never], lambda shard: 1.0)
+    assert len(team.run(order(1), shards(1, 2, 3))) == 3
+    assert (len(here.trained), never.trained) == (3, [])
+    with pytest.raises(PlanCrashed, match="no worker was ready"):
+        Pending([never], lambda shard: 1.0).run(order(1), shards(1))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +250,6 @@ def test_workers_give_the_bits_of_one_process(words):
 
 
 def test_what_cannot_travel_is_refused():
-    made = task()
-    object.__setattr__(made, "loss", lambda outputs, batch: outputs.sum(-1))
+    made = replace(task(), loss=lambda outputs, batch: outputs.sum(-1))
     with pytest.raises(InvalidConfig, match="cannot be sent"):
         homespun.simulate(made, data(), rounds=1, cohort=2, workers=1, progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from homespun.errors import InvalidConfig
 from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
 from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
-from homespun.simulation.shards import Adding, Aggregation, Pool
+from homespun.simulation.processes import Processes
+from homespun.simulation.shards import Adding, Aggregation, Pool, Shard
 from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.task import Task
-from homespun.simulation.workers import Workers
 
 
 def cohort_rounds(
@@ -58,7 +59,7 @@ def cohort_rounds(
     adding.check(rule)
     spec = TrainerSpec(
         task=task,
-        arena=data,
+        arena=replace(data, clients=None),  # nobody asks a worker for names
         method=method,
         settings=settings,
         adding=adding,
@@ -68,7 +69,7 @@ def cohort_rounds(
         train_metrics=train_metrics,
         device=device,
     )
-    pool: Pool = Workers(spec, workers) if workers else spec.build()
+    pool: Pool = Processes(spec, workers, _work(here, data)) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
     return CohortRounds(
@@ -83,6 +84,12 @@ def cohort_rounds(
         num_shards=shards,
         device=device,
     ), here.model
+
+
+def _work(task: Task, data: Arena) -> Callable[[Shard], float]:
+    """How much there is to train in a shard: its rows."""
+    rows = data.num_rows if task.max_rows is None else data.num_rows.clip(max=task.max_rows)
+    return lambda shard: float(rows[shard.clients].sum())
 
 
 def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:
