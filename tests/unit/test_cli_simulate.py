@@ -74,6 +74,7 @@ def test_rounds_as_json(config, tmp_path):
         ("data.source=data", "names no function"),
         ("method.name=FedAvgg", "unknown method"),
         ("simulation.cohort=99", "cohort is larger"),
+        ("cluster.cpus=2", "a cluster needs workers"),
     ],
 )
 def test_what_is_wrong_is_told(config, change, said):

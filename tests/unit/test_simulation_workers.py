@@ -2,96 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import homespun
 from homespun.errors import InvalidConfig, NotFound, NumericFailure, PlanCrashed
-from homespun.simulation import workers as module
 from homespun.simulation.arena import Arena
 from homespun.simulation.processes import Processes
-from homespun.simulation.shards import Order, Shard, ShardSum
+from homespun.simulation.shards import SHARD_CLIENTS, ShardSum, split
 from homespun.simulation.workers import Lost, Workers, deal
+from tests.unit.odd_trainers import (
+    FAILS,
+    KILLS,
+    ROWS,
+    Odd,
+    half_mapped,
+    mapped_from_file,
+    order,
+    shards,
+)
 from tests.unit.simulated import data, task
 
 NUM_SHARDS = 5
-KILLS_TWICE, KILLS, FAILS = 2, 66, 99
-
-
-@dataclass
-class Odd:
-    """A trainer that is killed by some clients; how often is counted by files, which outlive it."""
-
-    marks: str
-    arena: Arena
-
-    def build(self):
-        return self
-
-    def close(self):
-        pass
-
-    def run(self, order, shards):
-        (shard,) = shards
-        client = int(shard.clients[0])
-        for number in range({KILLS_TWICE: 2, KILLS: 100}.get(client, 0)):
-            try:
-                os.close(os.open(f"{self.marks}/{client}-{number}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            os.kill(os.getpid(), signal.SIGKILL)
-        if client == FAILS:
-            raise NumericFailure("shard 99", hint="as it should be", round=order.number)
-        vector = order.model.numpy() * client + order.server["v"].numpy()
-        mapped = {name: float(mapped_from_file(a)) for name, a in self.arena.inputs.items()}
-        mapped["sum"] = float(sum(a[-1].sum() for a in self.arena.inputs.values()))
-        return [
-            ShardSum(vectors={"update": vector}, numbers=mapped, num_clients=len(shard.clients))
-        ]
-
-
-def mapped_from_file(array):
-    """Whether the array's memory is that of a mapped file, by the kernel's own list."""
-    address = array.__array_interface__["data"][0]
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(edge, 16) for edge in line.split()[0].split("-"))
-        if begin <= address < end:
-            return "/" in line
-    return False
-
-
-ROWS = 200_000
 
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory):
-    """One input is a file already, the other is in memory."""
-    folder = tmp_path_factory.mktemp("arena")
-    on_disk = Arena({"a": np.arange(ROWS)}, np.array([0, ROWS]))
-    on_disk.save(folder)
-    inputs = {"a": Arena.open(folder).inputs["a"], "b": np.arange(ROWS) * 3}
-    return Arena(inputs, on_disk.offsets)
+    return half_mapped(tmp_path_factory.mktemp("arena"))
 
 
 @pytest.fixture(scope="module")
 def pool(arena, tmp_path_factory):
     with Processes(Odd(str(tmp_path_factory.mktemp("marks")), arena), 2) as workers:
         yield workers
-
-
-def order(number):
-    return Order(number, 0, torch.arange(3.0) + number, {"v": torch.ones(3)})
-
-
-def shards(*clients):
-    return [Shard(np.array([client])) for client in clients]
 
 
 def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(pool):
@@ -120,7 +66,7 @@ def test_workers_map_the_rows_and_copy_none(pool, arena):
     (found,) = pool.run(order(9), shards(1))
     assert found.numbers == {"a": 1.0, "b": 1.0, "sum": 4.0 * (ROWS - 1)}
     assert not mapped_from_file(arena.inputs["b"])
-    buffers = []
+    buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(arena, protocol=5, buffer_callback=buffers.append)
     assert len(head) < 2_000
     assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * (ROWS + 2)  # b and the offsets
@@ -137,6 +83,22 @@ def test_what_is_not_just_a_file_travels_as_rows(tmp_path):
     path.unlink()
     with pytest.raises(NotFound, match=r"x\.npy is not here"):
         pickle.loads(sent)
+
+
+def test_shards_have_about_as_many_rows_and_no_two_the_same_client():
+    rows = np.random.default_rng(0).integers(1, 100, 500)
+    cohort = np.arange(0, 500, 2)
+    for count in (1, 2, 7):
+        parts = split(cohort, rows, count)
+        assert np.concatenate(parts).tolist() == cohort.tolist()
+        assert len(parts) == count
+        sums = [int(rows[part].sum()) for part in parts]
+        assert max(sums) - min(sums) <= 100
+    one_has_all = np.array([1, 1, 1000, 1, 1])
+    assert [p.tolist() for p in split(np.arange(5), one_has_all, 3)] == [[0, 1], [2], [3, 4]]
+    assert [p.tolist() for p in split(np.arange(2), rows, 5)] == [[0], [1]]
+    most = 3 * SHARD_CLIENTS
+    assert max(len(p) for p in split(np.arange(most), np.ones(most, int), 1)) <= SHARD_CLIENTS
 
 
 def test_the_first_piece_goes_to_whoever_ends_it_first():
@@ -172,7 +134,7 @@ class Clock:
     now = 0.0
 
 
-class Team(Workers):
+class Team(Workers[Slow]):
     def _publish(self, order):
         return order
 
@@ -183,7 +145,7 @@ class Team(Workers):
 
 
 def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
-    monkeypatch.setattr(module.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr("time.monotonic", lambda: Clock.now)
     fast, slow = Slow(1.0), Slow(5.0)
     team = Team([fast, slow], lambda shard: float(shard.clients[0]))
     for number in range(4):

@@ -55,6 +55,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
         ) from error
     from homespun.plan.package import Plan
     from homespun.simulation.history import text
+    from homespun.simulation.ray import Cluster
     from homespun.simulation.stopping import EarlyStopping, Target
 
     words = {
@@ -83,6 +84,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
         resume=resume,
         early_stopping=_same(settings.early_stopping, EarlyStopping),
         target=_same(settings.target, Target),
+        cluster=_same(settings.cluster, Cluster),
         progress=not json,
         callbacks=(say,),
         **words,

@@ -160,7 +160,8 @@ class _File:
     @classmethod
     def of(cls, array: AnyArray) -> _File | None:
         """None for an array that is not just what a file holds."""
-        if not isinstance(array, np.memmap) or not isinstance(array.base, mmap.mmap):
+        base: object = array.base
+        if not isinstance(array, np.memmap) or not isinstance(base, mmap.mmap):
             return None  # a part of a map does not know where it begins
         if array.filename is None or array.mode == "c" or not array.flags.c_contiguous:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
 from homespun.simulation.cohort_rounds import CohortRounds, Evaluate
 from homespun.simulation.processes import Processes
-from homespun.simulation.shards import Adding, Aggregation, Pool, Shard
+from homespun.simulation.ray import Actors, Cluster
+from homespun.simulation.shards import Adding, Aggregation, Pool, Shard, split
 from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.task import Task
 
@@ -35,6 +37,7 @@ def cohort_rounds(
     rotate: bool,
     cohort: int,
     workers: int,
+    cluster: Cluster | None,
     shards: int | None,
     strategy: str,
     chunk: int | None,
@@ -69,27 +72,35 @@ def cohort_rounds(
         train_metrics=train_metrics,
         device=device,
     )
-    pool: Pool = Processes(spec, workers, _work(here, data)) if workers else spec.build()
+    rows = data.num_rows if here.max_rows is None else data.num_rows.clip(max=here.max_rows)
+
+    def work(shard: Shard) -> float:
+        return float(rows[shard.clients].sum())
+
+    pool: Pool
+    if cluster is not None:
+        pool = Actors(spec, workers, cluster, device, work)
+    else:
+        pool = Processes(spec, workers, work) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
     return CohortRounds(
         method=rule,
         pool=pool,
+        split=partial(split, rows=rows, num_shards=shards or _usual_shards(workers, cluster)),
         adding=adding,
         shapes=[(name, tuple(p.shape)) for name, p in here.model.named_parameters()],
         own=own,
         population=data.num_clients,
         seed=seed,
         evaluator=_evaluator(spec, here, evaluate_on),
-        num_shards=shards,
         device=device,
     ), here.model
 
 
-def _work(task: Task, data: Arena) -> Callable[[Shard], float]:
-    """How much there is to train in a shard: its rows."""
-    rows = data.num_rows if task.max_rows is None else data.num_rows.clip(max=task.max_rows)
-    return lambda shard: float(rows[shard.clients].sum())
+def _usual_shards(workers: int, cluster: Cluster | None) -> int:
+    """One per worker; machines of a cluster may be unequal, and then the fast ones need more than one."""
+    return workers * 2 if cluster is not None and workers > 1 else max(1, workers)
 
 
 def _evaluator(spec: TrainerSpec, task: Task, rows: Arena | None) -> Evaluate:

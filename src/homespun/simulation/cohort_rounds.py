@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from homespun.learning.method import Layout, Method, Sums, Vectors
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.clients import Clients, ClientStore
 from homespun.simulation.secure import secure_sum
-from homespun.simulation.shards import Adding, Aggregation, Order, Pool, Shard, ShardSum, split
+from homespun.simulation.shards import Adding, Aggregation, Order, Pool, Shard, ShardSum
 from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.tensors import tree as trees
 from homespun.tensors.tree import Shapes
@@ -35,19 +35,19 @@ class CohortState:
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRounds:
-    """See `state.Rounds`. `shapes`: of the model's parameters; `population`: clients there are; `own`: the module's
-    parameters, from which a run begins that is given nothing else.
+    """See `state.Rounds`. `split`: a cohort, ascending, into shards; `shapes`: of the model's parameters; `population`:
+    clients there are; `own`: the module's parameters, from which a run begins that is given nothing else.
     """
 
     method: Method
     pool: Pool
+    split: Callable[[Clients], Sequence[Clients]]
     adding: Adding
     shapes: Shapes
     own: Tree
     population: int
     seed: int
     evaluator: Evaluate
-    num_shards: int | None = None
     device: str = "cpu"
 
     def begin(self, initial: Tree | None) -> CohortState:
@@ -66,7 +66,7 @@ class CohortRounds:
         cohort = np.sort(cohort)
         shards = [
             Shard(clients, state.clients.take(clients) if state.clients.begin else {})
-            for clients in split(cohort, len(state.model), self.num_shards)
+            for clients in self.split(cohort)
         ]
         order = Order(number, seed, state.model, state.server)
         total = ShardSum()

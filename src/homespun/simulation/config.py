@@ -16,9 +16,12 @@ cohort = 20
 name = "FedAdam"
 settings = { learning_rate = 0.01 }
 
-[early_stopping]                      # optional, as is [target]
+[early_stopping]                      # optional, as are [target] and
 metric = "loss"
 patience = 5
+
+[cluster]                             # simulation.workers are actors of Ray
+address = "auto"
 """
 
 from __future__ import annotations
@@ -89,6 +92,12 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     mode: Literal["min", "max"] | None = None
 
 
+class ClusterSection(_Section, frozen=True, kw_only=True):
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -98,6 +107,7 @@ class Config(_Section, frozen=True, kw_only=True):
     method: MethodSection = MethodSection()
     early_stopping: StoppingSection | None = None
     target: TargetSection | None = None
+    cluster: ClusterSection | None = None
 
 
 SECTIONS: Mapping[str, type[_Section]] = {
@@ -107,6 +117,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "method": MethodSection,
     "early_stopping": StoppingSection,
     "target": TargetSection,
+    "cluster": ClusterSection,
 }
 
 

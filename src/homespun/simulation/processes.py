@@ -88,7 +88,7 @@ class Processes(Workers["_Process"]):
 
     def _wait(self, workers: Sequence[_Process], seconds: float) -> list[_Process]:
         of_pipe = {worker.pipe: worker for worker in workers}
-        return [of_pipe[pipe] for pipe in wait(list(of_pipe), seconds)]  # type: ignore[index]
+        return [of_pipe[pipe] for pipe in wait(list(of_pipe), seconds)]
 
     def close(self) -> None:
         """End the processes and remove their files; may be called again."""

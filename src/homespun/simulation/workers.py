@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -198,7 +198,7 @@ class Workers(ABC, Generic[W]):
         for member in self._members:
             member.worker.end()
 
-    def __enter__(self) -> Workers[W]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
