@@ -98,6 +98,7 @@ def in_float64(
     """The same rounds, put together as `homespun.simulate` does, which itself knows only float32."""
     steps = 0
     with ExitStack() as stack:
+        simulation: Any
         simulation, _ = cohort_rounds(
             stack,
             made,
@@ -113,6 +114,7 @@ def in_float64(
             rotate=True,
             cohort=request.cohort,
             workers=workers(request),
+            cluster=None,
             shards=None,
             strategy="auto",
             chunk=None,

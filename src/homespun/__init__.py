@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_OF_SIMULATIONS = ("simulate", "Result", "Task", "Arena", "EarlyStopping", "Target")
+_OF_SIMULATIONS = ("simulate", "Result", "Task", "Arena", "EarlyStopping", "Target", "Cluster")
 
 
 def __getattr__(name: str) -> Any:

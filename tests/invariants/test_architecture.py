@@ -46,6 +46,8 @@ ONLY_IN = {  # package -> files that may import it
         "simulation/api.py",
         "simulation/assembly.py",
         "simulation/cohort",
+        "simulation/processes.py",
+        "simulation/ray.py",
         "simulation/shards.py",
         "simulation/spec.py",  # by what it is made of
         "simulation/task.py",

@@ -85,6 +85,7 @@ def test_asynchronous_rounds_from_a_file(config):
         ("durations.seconds=0", "above 0"),
         ("durations.speed=1", "durations.speed"),
         ("simulation.cohort=99", "cohort is larger"),
+        ("cluster.cpus=2", "a cluster needs workers"),
     ],
 )
 def test_what_is_wrong_is_told(config, change, said):

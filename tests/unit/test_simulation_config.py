@@ -40,10 +40,12 @@ def test_a_file_and_changes_of_it(tmp_path):
         "data.source=yours:data",
         "target.metric=top1",
         "target.value=0.9",
+        "cluster.gpus=0.5",
     )
     assert (config.simulation.rounds, config.simulation.cohort) == (5, 2)
     assert config.method.settings == {"learning_rate": 0.5}
     assert config.data.source == "yours:data"
+    assert (config.cluster.address, config.cluster.cpus, config.cluster.gpus) == (None, 1, 0.5)
     assert (config.target.metric, config.target.value, config.target.mode) == ("top1", 0.9, None)
 
 

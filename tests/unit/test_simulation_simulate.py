@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -143,29 +144,32 @@ def test_the_fastest_strategy_gives_the_same_to_rounding():
     np.testing.assert_allclose(flat(run(strategy="auto")), flat(run()), rtol=0, atol=1e-5)
 
 
-def moody(tuning, strategy, chunk):
+def task_of_moody_machines(measured):
     """Whoever measures first finds one strategy fastest, and whoever measures again, in any process, another."""
-    try:
-        os.close(os.open(os.environ["MEASURED"], os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return (Choice("eager", 1),)
-    return (Choice("stacked", 3),)
 
+    def moody(tuning, strategy, chunk):
+        try:
+            os.close(os.open(measured, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return (Choice("eager", 1),)
+        return (Choice("stacked", 3),)
 
-def task_of_moody_machines():
     Tuning.choices = moody  # type: ignore[method-assign]  # in the worker that makes the task
     return task()
 
 
 @pytest.fixture
 def moody_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(Tuning, "choices", moody)
+    monkeypatch.setattr(Tuning, "choices", Tuning.choices)  # to have it back
     runs = itertools.count()
+    mark = tmp_path
 
     def bits_of_run(measured=False, **words):
+        nonlocal mark
         if not measured:
-            monkeypatch.setenv("MEASURED", str(tmp_path / f"measured-{next(runs)}"))
-        return bits(run(made=task_of_moody_machines, strategy="auto", shards=4, **words))
+            mark = tmp_path / f"measured-{next(runs)}"
+        made = partial(task_of_moody_machines, mark)
+        return bits(run(made=made, strategy="auto", shards=4, **words))
 
     return bits_of_run
 

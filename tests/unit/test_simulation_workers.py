@@ -2,81 +2,183 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from dataclasses import dataclass
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import homespun
-from homespun.errors import InvalidConfig, NumericFailure, PlanCrashed
-from homespun.simulation.shards import Order, Shard, ShardSum
-from homespun.simulation.workers import Workers
+from homespun.errors import InvalidConfig, NotFound, NumericFailure, PlanCrashed
+from homespun.simulation.arena import Arena
+from homespun.simulation.processes import Processes
+from homespun.simulation.shards import SHARD_CLIENTS, ShardSum, split
+from homespun.simulation.workers import Lost, Workers, deal
+from tests.unit.odd_trainers import (
+    FAILS,
+    KILLS,
+    ROWS,
+    Odd,
+    half_mapped,
+    mapped_from_file,
+    order,
+    shards,
+)
 from tests.unit.simulated import data, task
 
 NUM_SHARDS = 5
 
 
-@dataclass
-class Killing:
-    """A trainer whose worker kills itself at shard 2, as often as `times` says; files count across processes."""
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    return half_mapped(tmp_path_factory.mktemp("arena"))
 
-    marks: str
-    times: int
 
-    def build(self):
-        return self
+@pytest.fixture(scope="module")
+def pool(arena, tmp_path_factory):
+    with Processes(Odd(str(tmp_path_factory.mktemp("marks")), arena), 2) as workers:
+        yield workers
 
-    def close(self):
+
+def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(pool):
+    before = pool.process_ids
+    for number in (1, 2):
+        found = pool.run(order(number), shards(*range(NUM_SHARDS)))
+        expected = [(np.arange(3) + number) * client + 1 for client in range(NUM_SHARDS)]
+        assert [part.vectors["update"].tolist() for part in found] == [
+            vector.tolist() for vector in expected
+        ]
+        assert all(part.vectors["update"].flags.writeable for part in found)
+    assert len(set(before) & set(pool.process_ids)) < 2  # somebody was really killed
+
+
+def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(pool):
+    with pytest.raises(PlanCrashed, match=r"trained shard 1 died 3 times \(exit code -9"):
+        pool.run(order(3), shards(1, KILLS))
+    with pytest.raises(NumericFailure, match="shard 99") as caught:
+        pool.run(order(7), shards(1, FAILS, 3))
+    assert (caught.value.hint, caught.value.details) == ("as it should be", {"round": 7})
+    (again,) = pool.run(order(8), shards(5))
+    assert again.vectors["update"].tolist() == [41, 46, 51]
+
+
+def test_workers_map_the_rows_and_copy_none(pool, arena):
+    (found,) = pool.run(order(9), shards(1))
+    assert found.numbers == {"a": 1.0, "b": 1.0, "sum": 4.0 * (ROWS - 1)}
+    assert not mapped_from_file(arena.inputs["b"])
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(arena, protocol=5, buffer_callback=buffers.append)
+    assert len(head) < 2_000
+    assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * (ROWS + 2)  # b and the offsets
+
+
+def test_what_is_not_just_a_file_travels_as_rows(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(10))
+    for array in (np.load(path, mmap_mode="r")[2:], np.load(path, mmap_mode="c")):
+        again = pickle.loads(pickle.dumps(Arena({"x": array}, np.array([0, len(array)]))))
+        assert not mapped_from_file(again.inputs["x"])
+        assert again.inputs["x"].tolist() == array.tolist()
+    sent = pickle.dumps(Arena({"x": np.load(path, mmap_mode="r")}, np.array([0, 10])))
+    path.unlink()
+    with pytest.raises(NotFound, match=r"x\.npy is not here"):
+        pickle.loads(sent)
+
+
+def test_shards_have_about_as_many_rows_and_no_two_the_same_client():
+    rows = np.random.default_rng(0).integers(1, 100, 500)
+    cohort = np.arange(0, 500, 2)
+    for count in (1, 2, 7):
+        parts = split(cohort, rows, count)
+        assert np.concatenate(parts).tolist() == cohort.tolist()
+        assert len(parts) == count
+        sums = [int(rows[part].sum()) for part in parts]
+        assert max(sums) - min(sums) <= 100
+    one_has_all = np.array([1, 1, 1000, 1, 1])
+    assert [p.tolist() for p in split(np.arange(5), one_has_all, 3)] == [[0, 1], [2], [3, 4]]
+    assert [p.tolist() for p in split(np.arange(2), rows, 5)] == [[0], [1]]
+    most = 3 * SHARD_CLIENTS
+    assert max(len(p) for p in split(np.arange(most), np.ones(most, int), 1)) <= SHARD_CLIENTS
+
+
+def test_the_first_piece_goes_to_whoever_ends_it_first():
+    assert deal([0.0, 0.0], [1.0, 1.0], [3, 2, 2, 1]) == [0, 1, 1, 0]
+    assert deal([0.0, 0.0], [1.0, 5.0], [1, 1, 1, 1]) == [0, 0, 0, 0]
+    assert deal([9.0, 0.0], [1.0, 5.0], [1, 1]) == [1, 0]
+    assert deal([], [], [1]) == []
+
+
+class Slow:
+    """A worker on a clock of our own: it takes `pace` for a client."""
+
+    def __init__(self, pace):
+        self.pace, self.trained, self.answers = pace, [], []
+
+    def start(self):
+        self.answers = [(0.0, None)]
+
+    def send(self, job):
+        _, _, shard = job
+        seconds = self.pace * int(shard.clients[0])
+        self.trained.append(int(shard.clients[0]))
+        self.answers.append((Clock.now + seconds, ShardSum(num_clients=int(shard.clients[0]))))
+
+    def receive(self):
+        return self.answers.pop()[1]
+
+    def end(self):
         pass
 
-    def run(self, order, shards):
-        (shard,) = shards
-        if shard.clients[0] == 2:
-            for number in range(self.times):
-                try:
-                    os.close(os.open(f"{self.marks}/{number}", os.O_CREAT | os.O_EXCL))
-                except FileExistsError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
-        if shard.clients[0] == 99:
-            raise NumericFailure("shard 99", hint="as it should be", round=order.number)
-        vector = order.model.numpy() * shard.clients[0] + order.server["v"].numpy()
-        return [ShardSum(vectors={"update": vector}, num_clients=len(shard.clients))]
+
+class Clock:
+    now = 0.0
 
 
-def order(number):
-    return Order(number, 0, torch.arange(3.0) + number, {"v": torch.ones(3)})
+class Team(Workers[Slow]):
+    def _publish(self, order):
+        return order
+
+    def _wait(self, workers, seconds):
+        first = min(worker.answers[-1][0] for worker in workers)
+        Clock.now = max(Clock.now, first)
+        return [worker for worker in workers if worker.answers[-1][0] == first]
 
 
-def shards(*clients):
-    return [Shard(np.array([client])) for client in clients]
+def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: Clock.now)
+    fast, slow = Slow(1.0), Slow(5.0)
+    team = Team([fast, slow], lambda shard: float(shard.clients[0]))
+    for number in range(4):
+        fast.trained, slow.trained, began = [], [], Clock.now
+        found = team.run(order(number), shards(2, 4, 8, 3, 1, 6))
+        assert [part.num_clients for part in found] == [2, 4, 8, 3, 1, 6]
+    assert sum(slow.trained) == 4
+    assert fast.trained[0] == 8
+    assert Clock.now - began == 20.0  # the fast one alone needs 24, halves 60
 
 
-def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(tmp_path):
-    with Workers(Killing(str(tmp_path), 2), 2) as workers:
-        before = workers.process_ids
-        for number in (1, 2):
-            found = workers.run(order(number), shards(*range(NUM_SHARDS)))
-            expected = [(np.arange(3) + number) * client + 1 for client in range(NUM_SHARDS)]
-            assert [part.vectors["update"].tolist() for part in found] == [
-                vector.tolist() for vector in expected
-            ]
-        assert len(list(tmp_path.iterdir())) == 2  # it was really killed
-        assert workers.process_ids != before
+class Broken(Slow):
+    def receive(self):
+        raise Lost("no GPU")
 
 
-def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(tmp_path):
-    with Workers(Killing(str(tmp_path), 100), 1) as workers:
-        with pytest.raises(PlanCrashed, match="died 3 times"):
-            workers.run(order(1), shards(1, 2))
-        with pytest.raises(NumericFailure, match="shard 99") as caught:
-            workers.run(order(7), shards(1, 99, 3))
-        assert (caught.value.hint, caught.value.details) == ("as it should be", {"round": 7})
-        (again,) = workers.run(order(8), shards(5))
-        assert again.num_clients == 1
+def test_workers_that_never_begin_end_the_run():
+    with pytest.raises(PlanCrashed, match=r"workers that were started died 6 times \(no GPU"):
+        Team([Broken(1.0), Broken(1.0)], lambda shard: 1.0).run(order(1), shards(1))
+
+
+def test_a_worker_that_is_not_ready_is_not_waited_for_and_nobody_at_all_is_an_error():
+    class Pending(Team):
+        def _wait(self, workers, seconds):
+            there = [worker for worker in workers if worker is not never]
+            return super()._wait(there, seconds) if there else []
+
+    here, never = Slow(1.0), Slow(1.0)
+    team = Pending([here, never], lambda shard: 1.0)
+    assert len(team.run(order(1), shards(1, 2, 3))) == 3
+    assert (len(here.trained), never.trained) == (3, [])
+    with pytest.raises(PlanCrashed, match="no worker was ready"):
+        Pending([never], lambda shard: 1.0).run(order(1), shards(1))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +212,6 @@ def test_workers_give_the_bits_of_one_process(words):
 
 
 def test_what_cannot_travel_is_refused():
-    made = task()
-    object.__setattr__(made, "loss", lambda outputs, batch: outputs.sum(-1))
+    made = replace(task(), loss=lambda outputs, batch: outputs.sum(-1))
     with pytest.raises(InvalidConfig, match="cannot be sent"):
         homespun.simulate(made, data(), rounds=1, cohort=2, workers=1, progress=False)

@@ -88,6 +88,7 @@ CHECKS = (
     _engine,
     _optional("torch", "to build plans", "pip install 'homespun[author]'"),
     _optional("pyarrow", "to read Parquet", "pip install 'homespun[parquet]'"),
+    _optional("ray", "to simulate on a cluster", "pip install 'homespun[ray]'"),
     _disk,
     _memory,
     _loopback,

@@ -56,6 +56,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
     from homespun.plan.package import Plan
     from homespun.simulation.asynchronous import Durations
     from homespun.simulation.history import text
+    from homespun.simulation.ray import Cluster
     from homespun.simulation.stopping import EarlyStopping, Target
 
     words = {
@@ -85,6 +86,7 @@ def _run(settings: Config, where: Path, resume: bool, json: bool) -> None:
         early_stopping=_same(settings.early_stopping, EarlyStopping),
         target=_same(settings.target, Target),
         durations=_same(settings.durations, Durations),
+        cluster=_same(settings.cluster, Cluster),
         progress=not json,
         callbacks=(say,),
         **words,

@@ -12,6 +12,7 @@ _SHOWN = {
     "Arena": "arena",
     "EarlyStopping": "stopping",
     "Target": "stopping",
+    "Cluster": "ray",
     "Participation": "participation",
     "Traces": "participation",
     "DayNight": "participation",

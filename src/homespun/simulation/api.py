@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import nn
@@ -29,6 +29,9 @@ from homespun.simulation.stopping import EarlyStopping, Target
 from homespun.simulation.task import Task
 from homespun.tensors.codec import digest
 from homespun.types import Tree
+
+if TYPE_CHECKING:
+    from homespun.simulation.ray import Cluster
 
 Seeds = Sequence[int]
 
@@ -109,6 +112,7 @@ def simulate(
     checkpoint_every: int = 1,
     keep: int = 2,
     workers: int = 0,
+    cluster: Cluster | None = None,
     shards: int | None = None,
     device_seeds: Seeds | None = None,
     strategy: str = "auto",
@@ -139,15 +143,28 @@ def simulate(
     fastest, so that two runs may choose differently: name one (`stacked`, say) where these must agree to the last bit.
 
     `directory`: keeps history and checkpoints there; `resume` goes on from the newest one, to the same bits as without
-    a break. `workers`: processes beside this one, which must be able to import the task's
-    functions; `shards`: parts of the cohort that they share, a multiple of `workers`; part of the result's bits.
+    a break. `workers`: processes beside this one, which must be able to import the task's functions; with
+    `cluster=Cluster(...)` they are actors of Ray, on this machine or many. `shards`: parts of the cohort that they
+    share, by default one for each, in a cluster two, whose machines may be unequal. Another number of shards is
+    another order of additions: where runs must agree to the last bit whatever their workers, say it.
     `train_metrics`: measure the author's metrics in training, too, not only the loss.
     `callbacks` hear of every round's record.
 
     Raises `InvalidConfig` for settings that make no sense, `Conflict` for a directory of another run, `NumericFailure`
     naming the round when numbers are not finite any more.
     """
-    _check(data, rounds, cohort, evaluate_every, dropout, workers, checkpoint_every, keep, shards)
+    _check(
+        data,
+        rounds,
+        cohort,
+        evaluate_every,
+        dropout,
+        workers,
+        cluster,
+        checkpoint_every,
+        keep,
+        shards,
+    )
     settings = dict(method_settings or {})
     if participation is None:
         participation = _uniform(data, cohort, seed, dropout, availability)
@@ -200,6 +217,7 @@ def simulate(
                 rotate=rotate,
                 cohort=cohort,
                 workers=workers,
+                cluster=cluster,
                 shards=shards,
                 strategy=strategy,
                 chunk=chunk,
@@ -349,6 +367,7 @@ def _check(
     evaluate_every: int,
     dropout: float,
     workers: int,
+    cluster: Cluster | None,
     checkpoint_every: int,
     keep: int,
     shards: int | None,
@@ -363,6 +382,8 @@ def _check(
     ):
         if value < least:
             raise InvalidConfig(f"{name} must be at least {least}", got=value)
+    if cluster is not None and not workers:
+        raise InvalidConfig("a cluster needs workers", hint="say how many: workers=8")
     if shards is not None and shards < 1:
         raise InvalidConfig("shards must be at least 1", got=shards)
     if not 0 <= dropout < 1:

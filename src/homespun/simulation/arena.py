@@ -7,10 +7,11 @@ int32 tokens) and may be memory-mapped.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,11 @@ class Arena:
             raise ShapeMismatch(
                 "not one name per client", expected=self.num_clients, got=len(self.clients)
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process go the names of memory-mapped files, not their rows."""
+        inputs = {name: _File.of(array) or array for name, array in self.inputs.items()}
+        return _unpickled, (inputs, self.offsets, self.clients)
 
     @property
     def num_clients(self) -> int:
@@ -140,6 +146,45 @@ class Arena:
             )
         except ShapeMismatch as error:
             raise _damaged(folder, error) from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """Where another process finds a memory-mapped array."""
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, array: AnyArray) -> _File | None:
+        """None for an array that is not just what a file holds."""
+        base: object = array.base
+        if not isinstance(array, np.memmap) or not isinstance(base, mmap.mmap):
+            return None  # a part of a map does not know where it begins
+        if array.filename is None or array.mode == "c" or not array.flags.c_contiguous:
+            return None
+        path = str(Path(array.filename).resolve())
+        return cls(path, array.dtype, array.shape, array.offset)
+
+    def open(self) -> AnyArray:
+        """Raises `NotFound`."""
+        try:
+            return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        except (OSError, ValueError) as error:
+            raise NotFound(
+                f"{self.path} is not here as it is where the simulation was started: {error}",
+                hint="machines that train together need an arena's files under the same path, or its rows: "
+                "data.subset(range(data.num_clients))",
+            ) from error
+
+
+def _unpickled(
+    inputs: Mapping[str, AnyArray | _File], offsets: Offsets, clients: Sequence[str] | None
+) -> Arena:
+    arrays = {n: a.open() if isinstance(a, _File) else a for n, a in inputs.items()}
+    return Arena(arrays, offsets, clients)
 
 
 def assemble(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from homespun.simulation.asynchronous import Durations, clock
 from homespun.simulation.clients import Clients
 from homespun.simulation.cohort_async import AsyncRounds
 from homespun.simulation.cohort_rounds import CohortRounds, Evaluator
-from homespun.simulation.shards import Adding, Aggregation, Pool
+from homespun.simulation.processes import Processes
+from homespun.simulation.ray import Actors, Cluster
+from homespun.simulation.shards import Adding, Aggregation, Pool, Shard, split
 from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.task import Task
-from homespun.simulation.workers import Workers
 
 
 def cohort_rounds(
@@ -39,6 +42,7 @@ def cohort_rounds(
     rotate: bool,
     cohort: int,
     workers: int,
+    cluster: Cluster | None,
     shards: int | None,
     strategy: str,
     chunk: int | None,
@@ -78,7 +82,7 @@ def cohort_rounds(
     adding.check(rule)
     spec = TrainerSpec(
         task=task,
-        arena=data,
+        arena=replace(data, clients=None),  # nobody asks a worker for names
         method=method,
         settings=settings,
         adding=adding,
@@ -89,12 +93,22 @@ def cohort_rounds(
         device=device,
         dtype=dtype,
     )
-    pool: Pool = Workers(spec, workers) if workers else spec.build()
+    rows = data.num_rows if here.max_rows is None else data.num_rows.clip(max=here.max_rows)
+
+    def work(shard: Shard) -> float:
+        return float(rows[shard.clients].sum())
+
+    pool: Pool
+    if cluster is not None:
+        pool = Actors(spec, workers, cluster, device, work)
+    else:
+        pool = Processes(spec, workers, work) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
     rounds = CohortRounds(
         method=rule,
         pool=pool,
+        split=partial(split, rows=rows, num_shards=shards or _usual_shards(workers, cluster)),
         adding=adding,
         shapes=[(name, tuple(p.shape)) for name, p in here.model.named_parameters()],
         own=own,
@@ -103,7 +117,6 @@ def cohort_rounds(
         evaluator=None
         if evaluate_on is None
         else Evaluator(spec.engine(here, evaluate_on), owners(evaluate_on, data)),
-        num_shards=shards,
         device=device,
         dtype=dtype,
     )
@@ -134,3 +147,8 @@ def owners(evaluated: Arena, trained: Arena) -> Clients:
     numbers = {name: number for number, name in enumerate(trained.clients or ())}
     names = evaluated.clients or [""] * evaluated.num_clients
     return np.array([numbers.get(name, -1) for name in names], np.int64)
+
+
+def _usual_shards(workers: int, cluster: Cluster | None) -> int:
+    """One per worker; machines of a cluster may be unequal, and then the fast ones need more than one."""
+    return workers * 2 if cluster is not None and workers > 1 else max(1, workers)

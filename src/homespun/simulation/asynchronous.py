@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,9 @@ class Durations:
 
     def of(self, clients: Integers, examples: Integers, seed: int, number: int) -> Numbers:
         """[m] seconds of these clients in draw `number`."""
-        base = self.seconds if self.measured is None else np.asarray(self.measured)[clients]
+        base: Any = self.seconds
+        if self.measured is not None:
+            base = np.asarray(self.measured)[clients]
         logarithm = np.zeros(len(clients))
         if self.spread:
             logarithm += self.spread * _normal(counters.begin(seed, "pace"), clients)

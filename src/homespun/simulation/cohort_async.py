@@ -20,7 +20,7 @@ from homespun.simulation.asynchronous import Clock, Start
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.clients import Clients
 from homespun.simulation.cohort_rounds import CohortRounds, CohortState
-from homespun.simulation.shards import Order, Shard, ShardSum, split
+from homespun.simulation.shards import Order, Shard, ShardSum
 from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.types import AnyArray, Tree
 
@@ -106,7 +106,7 @@ class AsyncRounds:
         places = np.searchsorted(targets, [start.step for start in began])
         shares[np.arange(len(began)), places] = [self._weight(start) for start in began]
         clients = np.array([start.client for start in began], np.int64)
-        parts = split(clients, len(now.model), self.rounds.num_shards)
+        parts = self.rounds.split(clients)
         rows = np.split(shares, np.cumsum([len(part) for part in parts])[:-1])
         seed = round_seed(self.rounds.seed, number)
         shards = [Shard(part, {}, share) for part, share in zip(parts, rows, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -27,7 +27,6 @@ from homespun.simulation.shards import (
     Pool,
     Shard,
     ShardSum,
-    split,
 )
 from homespun.simulation.state import Trained, failure_of, round_seed
 from homespun.tensors import tree as trees
@@ -68,19 +67,19 @@ class CohortState:
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRounds:
-    """See `state.Rounds`. `shapes`: of the model's parameters; `population`: clients there are; `own`: the module's
-    parameters, from which a run begins that is given nothing else.
+    """See `state.Rounds`. `split`: a cohort, ascending, into shards; `shapes`: of the model's parameters; `population`:
+    clients there are; `own`: the module's parameters, from which a run begins that is given nothing else.
     """
 
     method: Method
     pool: Pool
+    split: Callable[[Clients], Sequence[Clients]]
     adding: Adding
     shapes: Shapes
     own: Tree
     population: int
     seed: int
     evaluator: Evaluator | None
-    num_shards: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -102,7 +101,7 @@ class CohortRounds:
         cohort = np.sort(cohort)
         shards = [
             Shard(clients, state.clients.take(clients) if state.clients.begin else {})
-            for clients in split(cohort, len(state.model), self.num_shards)
+            for clients in self.split(cohort)
         ]
         order = Order(number, seed, state.model, state.server, state.choices)
         total = self.trained(order, shards)

@@ -16,12 +16,14 @@ cohort = 20
 name = "FedAdam"
 settings = { learning_rate = 0.01 }
 
-[early_stopping]                      # optional, as is [target]
+[early_stopping]                      # optional, as are [target] and
 metric = "loss"
 patience = 5
 
 [durations]                           # optional: virtual time; with [method] name = "FedBuff" nobody waits for anybody
 seconds = 60
+[cluster]                             # simulation.workers are actors of Ray
+address = "auto"
 """
 
 from __future__ import annotations
@@ -103,6 +105,12 @@ class DurationsSection(_Section, frozen=True, kw_only=True):
     slot_seconds: float = 3600.0
 
 
+class ClusterSection(_Section, frozen=True, kw_only=True):
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -113,6 +121,7 @@ class Config(_Section, frozen=True, kw_only=True):
     early_stopping: StoppingSection | None = None
     target: TargetSection | None = None
     durations: DurationsSection | None = None
+    cluster: ClusterSection | None = None
 
 
 SECTIONS: Mapping[str, type[_Section]] = {
@@ -123,6 +132,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "early_stopping": StoppingSection,
     "target": TargetSection,
     "durations": DurationsSection,
+    "cluster": ClusterSection,
 }
 
 

@@ -1,7 +1,8 @@
 """A shard: some clients of a cohort, trained and summed in one place.
 
-A round's cohort is cut into shards by its size and the model's alone; each is summed where it is trained, and the
-sums are added in the order of the shards. So the result is the same to the last bit whoever trains which shard.
+A round's cohort is cut into a number of shards by its clients' rows alone; each is summed where it is trained, and the
+sums are added in the order of the shards. So for a number of shards the result is the same to the last bit, whoever
+trains which.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from homespun.types import AnyArray
 
 CHUNK_BYTES = 2**28
 """Most bytes of clients' own parameters at a time, where each client's must exist."""
-SHARD_WORK = 4e6
-"""Parameters times clients that are worth a shard of their own."""
-MOST_SHARDS = 8
+SHARD_CLIENTS = 4096
+"""Most clients of a shard, whose batches are drawn at once."""
 
 
 class Aggregation(StrEnum):
@@ -176,11 +176,13 @@ class Pool(Protocol):
         """Give back whatever it holds."""
 
 
-def split(cohort: Clients, dimension: int, num_shards: int | None = None) -> list[Clients]:
-    """The shards of a cohort, in order; by default as many as the work is worth, at most 8."""
-    worth = int(len(cohort) * dimension / SHARD_WORK)
-    wanted = num_shards or max(1, min(MOST_SHARDS, worth))
-    return np.array_split(cohort, max(1, min(wanted, len(cohort))))
+def split(cohort: Clients, rows: npt.NDArray[np.int64], num_shards: int) -> list[Clients]:
+    """The shards of a cohort, in order, of about as many rows each. `rows` [num_clients]: of all clients there are."""
+    count = max(num_shards, -(-len(cohort) // SHARD_CLIENTS))
+    ends = np.cumsum(rows[cohort])
+    middles = ends - rows[cohort] / 2
+    cuts = np.searchsorted(middles, ends[-1] * np.arange(1, count) / count)
+    return [part for part in np.split(cohort, cuts) if len(part)]
 
 
 @dataclass(frozen=True, kw_only=True)
