@@ -1,22 +1,30 @@
 """The cohort strategy: the author's unchanged module runs once per lockstep step, for all clients of a chunk.
 
 A chunk of one client is the fused sequential step; a chunk of many uses batched products (`Dense`) or, for chosen
-parameters under plain SGD, products with the shared model (`Factored`).
+parameters under plain SGD, products with the shared model (`Factored`). The step of a chunk of many is recorded, if
+it can be, as a `Program`, so that its cost in Python is that of its tensor operations.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from homespun.simulation.cohort.gather import Step
+from homespun.simulation.cohort.gather import Block, Step
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals, client_sums
 from homespun.simulation.cohort.parameter import CohortParameter, Unsupported
+from homespun.simulation.cohort.program import Program, record
 from homespun.simulation.cohort.slots import Dense, Factored
+
+SHARED_BYTES = 64 * 2**20
+"""What a program shares is computed for all steps of a block at once if it is no larger."""
+Slots = dict[str, Dense | Factored]
 
 
 class Cohort:
@@ -28,7 +36,10 @@ class Cohort:
         self._like = next(self._module.parameters()).detach()
         self._token = self._like.new_zeros((), requires_grad=True)
         self._slices = objective.layout.slices
-        self._slots: dict[str, Dense | Factored] = {}
+        self._one = self._like.new_ones(())
+        self._places = _places(self._module)
+        self._programs: dict[Any, _Recorded | None] = objective.programs
+        self._shared: tuple[Block, list[tuple[Tensor, ...]]] | None = None
         self._build(chunk)
 
     @torch.no_grad()
@@ -50,8 +61,9 @@ class Cohort:
         if clients != self._clients:
             self._build(clients)
         parts = {name: local.start[..., bounds] for name, bounds in self._slices.items()}
+        plain = local.shrink == 1 and not local.pull
         for name, slot in self._slots.items():
-            slot.begin(parts[name])
+            slot.begin(parts[name], plain)
         drift = self._drift(local)
         active = clients
         for step in steps:
@@ -59,24 +71,118 @@ class Cohort:
                 active = step.active
                 for slot in self._slots.values():
                     slot.active = active
-            with torch.enable_grad():
-                self._backward(step, totals)
+            sums = self._replayed(step, totals.names, plain)
+            sums = sums or self._measured(step.batch, step.weight, active, totals.names)
+            for index in range(len(totals.names)):
+                totals.add(index, *sums[2 * index : 2 * index + 2])
             self._descend(local, drift)
+        self._shared = None
         if mean is None or weights is None:
             return torch.cat([s.updates(parts[n]) for n, s in self._slots.items()], 1)
         for name, slot in self._slots.items():
             slot.add_mean(mean[self._slices[name]], parts[name], weights)
         return None
 
-    def _backward(self, step: Step, totals: Totals) -> None:
-        outputs = self._module(*self.objective.arguments(step.batch))
-        for index, name in enumerate(totals.names):
-            values = self.objective.functions[name](outputs, step.batch)
-            total, count = client_sums(values, step.weight, step.active)
-            totals.add(index, total, count)
-            if name == "loss":
-                loss = (total / count.clamp(min=1)).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _measured(
+        self, batch: Mapping[str, Tensor], weight: Tensor, active: int, names: tuple[str, ...]
+    ) -> list[Tensor]:
+        """Sum and count [a] of each measure; the slots have heard of the loss's gradient."""
+        sums: list[Tensor] = []
+        with torch.enable_grad():
+            outputs = self._module(*self.objective.arguments(batch))
+            for name in names:
+                total, count = client_sums(
+                    self.objective.functions[name](outputs, batch), weight, active
+                )
+                sums += [total.detach(), count.detach()]
+                if name == "loss":
+                    loss = (total / count.clamp(min=1)).sum()
+            torch.autograd.backward(loss, self._one)
+        return sums
+
+    def _replayed(self, step: Step, names: tuple[str, ...], plain: bool) -> list[Tensor] | None:
+        """What `_measured` gives and does, by the recorded program; None where there is none."""
+        if self._clients == 1:
+            return None
+        key = (self.factored, len(step.weight) // step.active, names, plain)
+        if key not in self._programs:
+            self._programs[key] = self._recorded(step, names, plain)
+        recorded = self._programs[key]
+        if recorded is None:
+            return None
+        state = (tensor for slot in self._slots.values() for tensor in slot.tensors())
+        given = (*step.batch.values(), step.weight, *state)
+        part = self._part(recorded.program, step, given)
+        results = iter(recorded.program.each(step.active, *given, *part))
+        sums = [next(results) for _ in range(2 * len(names))]
+        for name, kind, number in recorded.records:
+            self._slots[name].record(kind, *(next(results) for _ in range(number)))
+        return sums
+
+    def _part(
+        self, program: Program, step: Step, given: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | Sequence[Tensor]:
+        """The step's part of what the program shares among the steps of a block."""
+        block, clients = step.block, sum(step.block.counts)
+        if clients * program.shared_bytes > SHARED_BYTES:
+            return program.shared(step.active, *given)
+        if self._shared is None or self._shared[0] is not block:
+            rows = (*block.batch.values(), block.weight)
+            shared = program.shared(clients, *rows, *given[len(rows) :])
+            self._shared = block, program.parts(shared, block.counts)
+        return self._shared[1][step.place]
+
+    def _recorded(self, step: Step, names: tuple[str, ...], plain: bool) -> _Recorded | None:
+        """The step as a program, made of this step's rows; None if it cannot be one."""
+        size = len(step.weight) // step.active
+        rows = [*step.batch.values(), step.weight]
+        records: list[tuple[str, str, int]] = []
+
+        def slots(clients: int) -> Slots:
+            made = self._made(clients)
+            for slot in made.values():
+                if isinstance(slot, Factored):
+                    slot.plain = plain
+            return made
+
+        def arguments(clients: int) -> list[Tensor]:
+            noise = torch.Generator().manual_seed(clients)
+            chosen = torch.arange(clients * size, device=step.weight.device) % len(step.weight)
+            state = [
+                tensor
+                for name, slot in slots(clients).items()
+                for tensor in slot.example(parameters[name].detach(), noise)
+            ]
+            return [tensor[chosen] for tensor in rows] + state
+
+        def function(*given: Tensor) -> list[Tensor]:
+            weight = given[len(step.batch)]
+            batch = dict(zip(step.batch, given, strict=False))
+            clients = len(weight) // size
+            mine, state = slots(clients), iter(given[len(rows) :])
+            for slot in mine.values():
+                slot.bind(state)
+            self._put(mine)
+            results = self._measured(batch, weight, clients, names)
+            records.clear()
+            for name, slot in mine.items():
+                for kind, tensors in slot.taken():
+                    records.append((name, kind, len(tensors)))
+                    results += tensors
+            return results
+
+        parameters = dict(self.objective.module.named_parameters())
+        fixed, place = set(), len(rows)
+        for slot in slots(1).values():
+            if isinstance(slot, Factored):
+                fixed.add(place)
+            place += len(slot.example(torch.empty(slot.shape), torch.Generator()))
+        try:
+            return _Recorded(record(function, arguments, len(rows), fixed), records)
+        except Exception:  # noqa: BLE001  whatever it is that cannot be recorded, the module itself can still run
+            return None
+        finally:
+            self._put(self._slots)
 
     def _descend(self, local: Local, drift: dict[str, Tensor] | None) -> None:
         optimizer = local.optimizer
@@ -132,22 +238,32 @@ class Cohort:
             slot.stack[: slot.active].sub_(shaped, alpha=optimizer.learning_rate)
 
     def _build(self, clients: int) -> None:
-        """Slots for that many clients, in the module's places for parameters."""
-        self._clients = clients
-        for name, shape in self.objective.shapes.items():
-            form = Factored if name in self.factored else Dense
-            self._slots[name] = form(shape, clients, self._like)
-        parameters = {
-            name: CohortParameter.of(slot, self._token) for name, slot in self._slots.items()
+        self._clients, self._slots = clients, self._made(clients)
+        self._put(self._slots)
+
+    def _made(self, clients: int) -> Slots:
+        return {
+            name: (Factored if name in self.factored else Dense)(shape, clients, self._like)
+            for name, shape in self.objective.shapes.items()
         }
-        if not hasattr(self, "_places"):
-            self._places = _places(self._module)
+
+    def _put(self, slots: Slots) -> None:
+        """Into the module's places for parameters."""
         for name, places in self._places.items():
+            parameter = CohortParameter.of(slots[name], self._token)
             for module, attribute in places:
-                module._parameters[attribute] = parameters[name]  # type: ignore[assignment]
+                module._parameters[attribute] = parameter  # type: ignore[assignment]
         for module in self._module.modules():
             if isinstance(module, nn.RNNBase):  # it keeps a second list of its parameters
                 module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """`records`: slot, kind and number of tensors of what follows the sums in the program's results."""
+
+    program: Program
+    records: list[tuple[str, str, int]]
 
 
 def factorable(local: Local) -> bool:

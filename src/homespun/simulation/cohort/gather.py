@@ -18,13 +18,24 @@ GATHERED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
+class Block:
+    """Steps that are gathered together, with `counts` active clients: their batches and weights one behind another."""
+
+    batch: Mapping[str, Tensor]
+    weight: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True)
 class Step:
     """`batch`: name -> [active * B, ...], B rows of the chunk's first client, then B of the second, ...;
-    `weight` [active * B]: 1 where a row is present, else 0."""
+    `weight` [active * B]: 1 where a row is present, else 0. It is the step number `place` of its block."""
 
     batch: Mapping[str, Tensor]
     weight: Tensor
     active: int
+    block: Block
+    place: int
 
 
 class Rows:
@@ -70,12 +81,13 @@ class Rows:
             rows = self.at(batches.rows[begin:end, first:last][inside].reshape(-1))
             present = batches.present[begin:end, first:last][inside].reshape(-1)
             weight = torch.from_numpy(present).to(self.device, self.dtype)
-            sizes = (counts * size).tolist()
+            block = Block(rows, weight, counts.tolist())
+            sizes = [count * size for count in block.counts]
             parts = {name: torch.split(tensor, sizes) for name, tensor in rows.items()}
             weights = torch.split(weight, sizes)
-            for index, count in enumerate(counts.tolist()):
+            for index, count in enumerate(block.counts):
                 batch = {name: part[index] for name, part in parts.items()}
-                yield Step(batch, weights[index], count)
+                yield Step(batch, weights[index], count, block, index)
             begin = end
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:

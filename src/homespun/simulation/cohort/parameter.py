@@ -95,9 +95,9 @@ class _Product(torch.autograd.Function):
         gradient = grads[0]
         grouped = gradient.reshape(weight.active, -1, gradient.shape[-1])
         pair = (rows, grouped) if flip else (grouped, rows)
-        weight.record_pair(*pair)
+        weight.record("pairs", *pair)
         if bias is not None:
-            bias.record_dense(grouped.sum(1))
+            bias.record("dense", grouped.sum(1))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         back = weight.product(grouped, not flip)
@@ -120,7 +120,7 @@ class _Lookup(torch.autograd.Function):
         values = grads[0].reshape(*index.shape, -1)
         if skip is not None:
             values = values * (index != skip)[:, :, None]
-        table.record_rows(index, values)
+        table.record("rows", index, values)
         return None, None, None, None
 
 
@@ -155,9 +155,11 @@ class _Convolution(torch.autograd.Function):
             )
             backs.append(back)
             gradients.append(own)
-        weight.record_dense(torch.stack(gradients))
+        weight.record("dense", torch.stack(gradients))
         if bias is not None:
-            bias.record_dense(grads[0].reshape(len(parts), -1, *grads[0].shape[1:]).sum((1, 3, 4)))
+            bias.record(
+                "dense", grads[0].reshape(len(parts), -1, *grads[0].shape[1:]).sum((1, 3, 4))
+            )
         return torch.cat(backs) if mask[0] else None, None, None, None, None
 
 

@@ -11,6 +11,8 @@ Here a is the number of active clients, a prefix of the chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,17 +32,33 @@ class Dense:
         self._places = torch.arange(clients, device=like.device)[:, None]
         self._forget()
 
-    def begin(self, start: Tensor) -> None:
+    def begin(self, start: Tensor, plain: bool) -> None:
         """Every client at `start`: [n] or [m, n], flat."""
         self.stack.copy_(start.reshape(-1, *self.shape))
         self.velocity = None
         self.active = self.clients
         self._forget()
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step sees of the parameter."""
+        return [self._mine()]
+
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Be the parameter that a step sees in `tensors`."""
+        self.stack = next(tensors)
+
+    def example(self, parameter: Tensor, noise: torch.Generator) -> list[Tensor]:
+        """`tensors()` near a parameter."""
+        drawn = torch.randn((self.clients, *self.shape), generator=noise).to(parameter)
+        return [parameter * (1 + drawn / 8)]
+
+    def _mine(self) -> Tensor:
+        return self.stack if self.active == self.clients else self.stack[: self.active]
+
     def now(self) -> Tensor:
         """[a, *shape], for any differentiable operation; its gradient is taken from `.grad`."""
         if self._leaf is None:
-            self._leaf = self.stack[: self.active].requires_grad_()
+            self._leaf = self._mine().detach().requires_grad_()
         return self._leaf
 
     def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
@@ -50,11 +68,10 @@ class Dense:
             if bias is None:
                 return torch.mm(rows[0], matrix)[None]
             return torch.addmm(bias.stack[0], rows[0], matrix)[None]
-        matrix = self.stack[: self.active]
-        matrix = matrix if flip else matrix.transpose(1, 2)
+        matrix = self._mine() if flip else self._mine().transpose(1, 2)
         if bias is None:
             return torch.bmm(rows, matrix)
-        return torch.baddbmm(bias.stack[: self.active].unsqueeze(1), rows, matrix)
+        return torch.baddbmm(bias._mine().unsqueeze(1), rows, matrix)
 
     def lookup(self, index: Tensor) -> Tensor:
         """[a, R] -> [a, R, i]: rows of the parameter."""
@@ -62,60 +79,67 @@ class Dense:
             return torch.nn.functional.embedding(index, self.stack[0])
         return self.stack[self._places[: self.active], index]
 
-    def record_pair(self, left: Tensor, right: Tensor) -> None:
-        self._pairs.append((left, right))
+    def record(self, kind: str, *tensors: Tensor) -> None:
+        """`kind`: pairs, rows or dense, as above."""
+        self._recorded.append((kind, tensors))
 
-    def record_rows(self, index: Tensor, values: Tensor) -> None:
-        self._rows.append((index, values))
-
-    def record_dense(self, gradient: Tensor) -> None:
-        self._dense.append(gradient)
+    def taken(self) -> list[tuple[str, tuple[Tensor, ...]]]:
+        """All that was recorded, which is forgotten."""
+        taken = self._recorded
+        if self._leaf is not None and self._leaf.grad is not None:
+            taken.append(("dense", (self._leaf.grad,)))
+        self._forget()
+        return taken
 
     def product_rows(self) -> int:
         """Of this step's products; 0 if the parameter was used in any other way."""
-        other = self._rows or self._dense or self._leaf is not None
-        return 0 if other or len(self.shape) != 2 else sum(left.shape[1] for left, _ in self._pairs)
+        if self._leaf is not None or any(kind != "pairs" for kind, _ in self._recorded):
+            return 0
+        return sum(left.shape[1] for _, (left, _) in self._recorded)
 
     def gradient(self) -> Tensor:
         """[a, *shape]: all that was recorded, in one tensor."""
-        gradient = torch.zeros_like(self.stack[: self.active])
+        gradient = torch.zeros_like(self._mine())
         self._add_recorded(gradient, beta=1.0, alpha=1.0)
         return gradient
 
     def descend(self, rate: float, shrink: float, drift: Tensor | None) -> None:
         """W <- shrink * W - rate * gradient + drift, without a gradient in memory where that is possible."""
-        target = self.stack[: self.active]
+        target = self._mine()
         self._add_recorded(target, beta=shrink, alpha=-rate)
         if drift is not None:
             target.add_(drift.reshape(-1, *self.shape)[: self.active])
 
     def _add_recorded(self, target: Tensor, beta: float, alpha: float) -> None:
-        if self._leaf is not None and self._leaf.grad is not None:
-            self._dense.append(self._leaf.grad)
-        if beta != 1.0 and not self._pairs:
+        recorded = self.taken()
+        pairs = [
+            (left, right) for kind, (left, *rest) in recorded if kind == "pairs" for right in rest
+        ]
+        if beta != 1.0 and not pairs:
             target.mul_(beta)
-        if self._pairs:
-            left, right = _joined(self._pairs)
+        if pairs:
+            left, right = _joined(pairs)
             if self.clients == 1:
                 target[0].addmm_(left[0].t(), right[0], beta=beta, alpha=alpha)
             else:
                 target.baddbmm_(left.transpose(1, 2), right, beta=beta, alpha=alpha)
-        for index, values in self._rows:
-            if self.clients == 1:
-                target[0].index_add_(0, index[0], values[0], alpha=alpha)
-            else:  # [a * rows, i]: the first row of each client, then the index within it
-                place = self._places[: self.active] * self.shape[0] + index
-                table = target.view(-1, self.shape[1])
-                table.index_add_(0, place.view(-1), values.reshape(-1, self.shape[1]), alpha=alpha)
-        for dense in self._dense:
-            target.add_(dense, alpha=alpha)
-        self._forget()
+        for kind, tensors in recorded:
+            if kind == "rows":
+                self._add_rows(target, alpha, *tensors)
+            elif kind == "dense":
+                target.add_(tensors[0], alpha=alpha)
+
+    def _add_rows(self, target: Tensor, alpha: float, index: Tensor, values: Tensor) -> None:
+        if self.clients == 1:
+            target[0].index_add_(0, index[0], values[0], alpha=alpha)
+        else:  # [a * rows, i]: the first row of each client, then the index within it
+            place = self._places[: self.active] * self.shape[0] + index
+            table = target.view(-1, self.shape[1])
+            table.index_add_(0, place.view(-1), values.reshape(-1, self.shape[1]), alpha=alpha)
 
     def _forget(self) -> None:
         self._leaf = None
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._dense: list[Tensor] = []
+        self._recorded: list[tuple[str, tuple[Tensor, ...]]] = []
 
     def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
         """`total` [n] += sum over clients of weights * (W - start)."""
@@ -147,28 +171,49 @@ class Factored:
 
     def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
         self.shape, self.clients, self.active = shape, clients, clients
-        self._keep = [1.0]
-        self._left, self._right = (
-            like.new_empty(clients, 0, shape[0]),
-            like.new_empty(clients, 0, shape[1]),
-        )
+        self.plain = True
+        self._keep: list[float | Tensor] = [1.0]
+        self._left, self._right = (like.new_empty(clients, 0, size) for size in shape)
         self._parts: list[tuple[int, int, int]] = []
         self._used = 0
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._recorded: list[tuple[str, tuple[Tensor, ...]]] = []
 
-    def begin(self, start: Tensor) -> None:
-        """W_0, flat [n]."""
-        self.base = start.view(self.shape)
-        self._keep, self._parts, self._pairs, self._used = [1.0], [], [], 0
+    def begin(self, start: Tensor, plain: bool) -> None:
+        """W_0, flat [n]; `plain`: steps add to it and never scale it."""
+        self.base, self.plain = start.view(self.shape), plain
+        self._keep, self._parts, self._recorded, self._used = [1.0], [], [], 0
         self._steps = torch.zeros(self.clients, dtype=torch.int64, device=start.device)
         self.active = self.clients
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step sees of the parameter, W_0 first."""
+        left, right = (part[: self.active, : self._used] for part in (self._left, self._right))
+        keep = [] if self.plain else [self.base.new_tensor(self._keep[-1])]
+        return [self.base, left, right, *keep]
+
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Be the parameter that a step sees in `tensors`."""
+        self.base, self._left, self._right = (next(tensors) for _ in range(3))
+        self._keep = [1.0 if self.plain else next(tensors)]
+        self._used = self._left.shape[1]
+
+    def example(self, parameter: Tensor, noise: torch.Generator) -> list[Tensor]:
+        """`tensors()` near a parameter, after so many steps as no recording must depend on."""
+        history = 2 * abs(self.clients - 4)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=noise).to(parameter) / 8
+
+        sides = [drawn(self.clients, history, size) for size in self.shape]
+        keep = [] if self.plain else [parameter.new_tensor(0.9)]
+        return [parameter, *sides, *keep]
 
     def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
         base = self.base if flip else self.base.t()
         flat = rows.reshape(-1, rows.shape[2])
         result = torch.mm(flat, base).view(*rows.shape[:2], -1)
-        if (keep := self._keep[-1]) != 1.0:
-            result.mul_(keep)
+        if not self.plain:
+            result.mul_(self._keep[-1])
         if self._used:
             left = self._left[: self.active, : self._used]
             right = self._right[: self.active, : self._used]
@@ -178,15 +223,21 @@ class Factored:
             result.add_(bias.stack[: self.active].unsqueeze(1))
         return result
 
-    def record_pair(self, left: Tensor, right: Tensor) -> None:
-        self._pairs.append((left, right))
+    def record(self, kind: str, *tensors: Tensor) -> None:
+        """`kind`: pairs; there is nothing else here."""
+        self._recorded.append((kind, tensors))
+
+    def taken(self) -> list[tuple[str, tuple[Tensor, ...]]]:
+        """All that was recorded, which is forgotten."""
+        taken, self._recorded = self._recorded, []
+        return taken
 
     def descend(self, rate: float, shrink: float, pull: float) -> None:
         """W <- shrink * W - rate * gradient + pull * W_0."""
         active, used = self.active, self._used
         if shrink != 1.0 and used:
             self._left[:active, :used].mul_(shrink)
-        for left, right in self._pairs:
+        for _, (left, right) in self.taken():
             count = left.shape[1]
             end = self._used + count
             self._reserve(end)
@@ -196,7 +247,6 @@ class Factored:
             self._right[active:, self._used : end].zero_()
             self._parts.append((self._used, end, active))
             self._used = end
-        self._pairs = []
         self._keep.append(shrink * self._keep[-1] + pull)
         self._steps[:active] += 1
 
@@ -215,7 +265,7 @@ class Factored:
             left = self._left[:active, begin:end] * weights[:active, None, None]
             right = self._right[:active, begin:end].reshape(-1, self.shape[1])
             target.addmm_(left.reshape(-1, self.shape[0]).t(), right)
-        if any(keep != 1.0 for keep in self._keep):
+        if not self.plain:
             target.add_(self.base * (weights @ self._kept()))
 
     def updates(self, start: Tensor) -> Tensor:
