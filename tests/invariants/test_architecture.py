@@ -205,4 +205,4 @@ def test_files_stay_small():
     sources = {file: file.read_text() for file in SOURCE.rglob("*.py")}
     long = {file.name for file, text in sources.items() if len(text.splitlines()) > 600}
     assert long == set()
-    assert sum(lines_of_code(text) for text in sources.values()) < 25_000
+    assert sum(lines_of_code(text) for text in sources.values()) < 26_000
