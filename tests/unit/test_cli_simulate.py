@@ -64,6 +64,20 @@ def test_rounds_as_json(config, tmp_path):
     assert len(json.loads(homespun("report", tmp_path / "other", "--json"))) == 3
 
 
+def test_a_model_of_the_zoo_is_trained_as_devices_do(config):
+    changes = ("task.model=digits", "data.source=tests.unit.simulated:images", "method.name=FedAvg")
+    text = config.read_text().replace("settings = { learning_rate = 0.1 }", "")
+    config.write_text(text)
+    words = [word for change in changes for word in ("--set", change)]
+    records = [json.loads(r) for r in homespun("simulate", config, "--json", *words).splitlines()]
+    assert [record["clipped"] is not None for record in records] == [True] * 3  # integers, as there
+    losses = [record["evaluation"]["loss"] for record in records]
+    assert losses[0] > losses[2]
+    words[-1] = "method.name=FedBuff"
+    with pytest.raises(InvalidConfig, match="not simulated asynchronously"):
+        homespun("simulate", config, "--resume", *words, fails=InvalidConfig)
+
+
 def test_asynchronous_rounds_from_a_file(config):
     words = ("method.name=FedBuff", "method.settings.size=2", "durations.spread=0.5")
     changes = [word for change in words for word in ("--set", change)]

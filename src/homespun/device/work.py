@@ -25,9 +25,9 @@ from homespun.learning.metrics import MetricSum, paired, paired_names, watched_n
 from homespun.plan import features
 from homespun.plan.manifest import Manifest
 from homespun.plan.package import MAX_PLAN_BYTES, Plan
+from homespun.plan.seeds import participation_seed, rounding, training_seed
 from homespun.protocol.frame import encode_contribution
 from homespun.protocol.messages import Assigned, Offer, TaskKind
-from homespun.rng import derive_seed, stream
 from homespun.tensors import tree as trees
 from homespun.tensors.codec import decode_tree, digest
 from homespun.types import FloatArray, Hash
@@ -166,7 +166,7 @@ class Work:
         Training goes on where an earlier call was stopped or killed, and gives the same bytes as without that.
         Raises `InvalidExample`, `InvalidInput`, `NumericFailure` and what `verified` raises.
         """
-        seed = derive_seed(self.assigned.seed, str(device_seed))
+        seed = participation_seed(self.assigned.seed, device_seed)
         contribution: Contribution | None
         if self.watcher is not None:
             contribution = _watch(self, self.watcher, examples, seed, should_stop)
@@ -191,7 +191,7 @@ class Work:
         except msgspec.MsgspecError as error:
             raise Conflict("the update on disk is not the one that was made") from error
         assigned, codec = self.assigned, self.codec(self.verified().manifest)
-        rng = stream(update.seed, "rounding", assigned.round_number, assigned.attempt)
+        rng = rounding(update.seed, assigned.round_number, assigned.attempt)
         return self._write_report(update.encode(codec, rng, staleness))
 
     def _write_report(self, contribution: Contribution) -> Hash:
@@ -255,7 +255,7 @@ def _train(
         plan,
         checkpoint,
         rows,
-        derive_seed(seed, "train"),
+        training_seed(seed),
         should_stop,
         resume=kept.read(),
         after_step=kept.after_step,
@@ -272,7 +272,7 @@ def _train(
     )
     if work.assigned.max_staleness:
         write_atomically(work.update_file, msgspec.msgpack.encode(update))
-    return update.encode(codec, stream(seed, "rounding"))
+    return update.encode(codec, rounding(seed))
 
 
 def _evaluate(
@@ -291,7 +291,7 @@ def _evaluate(
         return None
     update = trees.flatten({}, ())
     metrics = paired(results, manifest.metrics[0], codec.clip_norm)
-    return codec.encode(update, features.num_rows(rows), metrics, stream(seed, "rounding"))
+    return codec.encode(update, features.num_rows(rows), metrics, rounding(seed))
 
 
 def _watch(
@@ -301,4 +301,4 @@ def _watch(
     if metrics is None:
         return None
     update = trees.flatten({}, ())
-    return work.codec().encode(update, len(examples), metrics, stream(seed, "rounding"))
+    return work.codec().encode(update, len(examples), metrics, rounding(seed))

@@ -179,13 +179,8 @@ def simulate(
         module: nn.Module | None = None
         made: Any
         if isinstance(task, Plan):
-            if asynchronous:
-                raise InvalidConfig(
-                    "a plan is not simulated asynchronously", hint="simulate its task with FedBuff"
-                )
             examples = np.minimum(data.num_rows, task.manifest.max_rows)
-            if workers or aggregation == "float" or clip_norm is not None:
-                _refuse_for_plans(workers, aggregation, clip_norm)
+            _refuse_for_plans(workers, aggregation, clip_norm, asynchronous)
             made = _plan_rounds(
                 task,
                 data,
@@ -308,18 +303,25 @@ def _plan_rounds(
     )
 
 
-def _refuse_for_plans(workers: int, aggregation: str, clip_norm: float | None) -> None:
+def _refuse_for_plans(
+    workers: int, aggregation: str, clip_norm: float | None, asynchronous: bool
+) -> None:
+    if asynchronous:
+        raise InvalidConfig(
+            "a plan is not simulated asynchronously", hint="simulate the task it was built from"
+        )
     if workers:
         raise InvalidConfig("a plan is simulated in this process", hint="workers = 0", got=workers)
     if clip_norm is not None:
         raise InvalidConfig(
             "a plan has its own clip_norm", hint="change it with plan.with_settings(clip_norm=...)"
         )
-    raise InvalidConfig(
-        "a plan's updates are added as on a server, in integers",
-        hint='aggregation = "fixed-point" or "secure"',
-        got=aggregation,
-    )
+    if aggregation == "float":
+        raise InvalidConfig(
+            "a plan's updates are added as on a server, in integers",
+            hint='aggregation = "fixed-point" or "secure"',
+            got=aggregation,
+        )
 
 
 def _uniform(

@@ -4,8 +4,8 @@ ONNX Runtime trains, the device's own codec encodes with the device's own seeds,
 has the hash that a deployment's has after the same rounds of the same devices: this is the reference that shows what
 will happen on devices, and what the faster cohort engine is held to. It trains one client after another.
 
-    round     state.round_seed(seed, round)                     as the server derives it   server.aggregation
-    device    derive_seed(round's seed, the device's seed)      as the device derives it   device.work
+    round     state.round_seed(seed, round)     as the server derives it   server.aggregation
+    device    plan.seeds                        the device's own
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from homespun.plan.features import Rows
 from homespun.plan.initial import initial_checkpoint
 from homespun.plan.manifest import Manifest, TensorFeature
 from homespun.plan.package import Plan
-from homespun.rng import derive_seed, stream
+from homespun.plan.seeds import participation_seed, rounding, training_seed
+from homespun.rng import derive_seed
 from homespun.simulation.arena import Arena
 from homespun.simulation.checkpoints import Snapshot
 from homespun.simulation.secure import secure_sum
@@ -49,11 +50,10 @@ def contribute(
 
     Raises as `plan.run.train` and `ContributionCodec.encode`.
     """
-    seed = derive_seed(round_seed, str(device_seed))
-    result = run.train(plan, checkpoint, rows, derive_seed(seed, "train"), trainer=trainer)
+    seed = participation_seed(round_seed, device_seed)
+    result = run.train(plan, checkpoint, rows, training_seed(seed), trainer=trainer)
     update = trees.flatten(result.update, plan.manifest.shapes)
-    rounding = stream(seed, "rounding")
-    return codec.encode(update, result.num_examples, result.metrics, rounding), result
+    return codec.encode(update, result.num_examples, result.metrics, rounding(seed)), result
 
 
 def rows_of(manifest: Manifest, arena: Arena, client: int) -> Rows:

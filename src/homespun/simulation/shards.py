@@ -21,7 +21,8 @@ from homespun.errors import InvalidConfig
 from homespun.learning.contribution import Contribution, ContributionCodec
 from homespun.learning.method import LocalResult, LocalRule, Method, Vectors, reported
 from homespun.learning.metrics import MetricSum
-from homespun.rng import derive_seed, stream
+from homespun.plan.seeds import participation_seed, rounding
+from homespun.rng import derive_seed
 from homespun.simulation.batches import Batches
 from homespun.simulation.clients import Clients
 from homespun.simulation.cohort.results import Choice, Engine
@@ -302,8 +303,8 @@ class ShardTrainer:
         for update, client, count in zip(
             updates, batches.clients.tolist(), batches.num_examples.tolist(), strict=True
         ):
-            rounding = stream(derive_seed(order.seed, str(client)), "rounding")
-            total.contributions.append(codec.encode(update, count, {}, rounding))
+            drawn = rounding(participation_seed(order.seed, client))
+            total.contributions.append(codec.encode(update, count, {}, drawn))
 
 
 def _counts(batches: Batches) -> dict[str, Any]:
