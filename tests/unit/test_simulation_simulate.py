@@ -24,6 +24,7 @@ from homespun.errors import (
 )
 from homespun.learning.contribution import ContributionCodec
 from homespun.learning.method import PLAIN, Report, _registry, method
+from homespun.plan.manifest import ClientOptimizer
 from homespun.rng import derive_seed, stream
 from homespun.simulation.batches import batches
 from homespun.simulation.checkpoints import Checkpoints
@@ -334,6 +335,61 @@ def test_a_directory_belongs_to_one_run(tmp_path):
         run(participation=lambda number: np.array([0]))
     with pytest.raises(InvalidConfig, match="patience"):
         EarlyStopping(patience=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"made": task(learning_rate=0.3)}, "another task"),
+        ({"made": replace(task(), batch_size=5)}, "another task"),
+        ({"made": replace(task(), max_rows=9)}, "another task"),
+        ({"on": data(seed=1)}, "another data"),
+        ({"method_settings": {"momentum": 0.8}}, "another method"),
+        ({"participation": Participation(num_clients=12, seed=3, cohort_size=5)}, "another part"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(tmp_path, changed, said):
+    words = {"directory": tmp_path, "method": "FedAvgM"}
+    run(**words, rounds=1)
+    with pytest.raises(Conflict, match=said):
+        run(**{**words, **changed}, resume=True)
+    assert len(run(**words, resume=True).history) == 4
+
+
+def test_rows_that_changed_are_another_run(tmp_path):
+    run(directory=tmp_path, rounds=1)
+    other = data()
+    other.inputs["x"][7, 2] += 1
+    with pytest.raises(Conflict, match="another data"):
+        run(on=other, directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "terms", "said"),
+    [
+        ("SCAFFOLD", {}, {"momentum": 0.9}, "momentum"),
+        ("SCAFFOLD", {}, {"max_grad_norm": 1.0}, "max_grad_norm"),
+        ("SCAFFOLD", {}, {"weight_decay": 0.1}, ""),
+        ("MimeLite", {}, {"weight_decay": 0.1}, "weight_decay"),
+        ("MimeLite", {}, {"momentum": 0.9}, "momentum"),
+        ("FedNova", {}, {"momentum": 0.5}, "momentum"),
+        ("FedNova", {"momentum": 0.5}, {}, "momentum"),
+        ("FedNova", {"momentum": 0.5}, {"momentum": 0.5}, ""),
+        ("FedAvg", {}, {"momentum": 0.9, "proximal": 0.1, "max_grad_norm": 1.0}, ""),
+    ],
+)
+def test_methods_refuse_local_steps_that_they_are_not_derived_for(name, settings, terms, said):
+    optimizer = ClientOptimizer(learning_rate=0.1, **terms)
+    words = {
+        "method": name,
+        "method_settings": settings,
+        "made": replace(task(), optimizer=optimizer),
+    }
+    if not said:
+        run(**words, rounds=1)
+        return
+    with pytest.raises(InvalidConfig, match=f"does not hold for this {said}"):
+        run(**words)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):

@@ -76,6 +76,7 @@ def fed_nova(
         numbers=numbers,
         report=proximal_report if proximal else None,
         server_update=server_update,
+        terms={"momentum": momentum, "proximal": 0.0},
     )
 
 

@@ -149,6 +149,8 @@ class Method:
     `combine(updates [n, d], weights [n])`: of all n clients of a round, instead of the weighted mean, so in plain mode
     only. The server gets the result as if it were the sum of one client: `update`, with 1 as `weight`.
     `evaluated(model, server, clients)`: parameters [m, d] that these clients would predict with; None: the model.
+    `terms`: of the clients' optimizer, those that what the method makes of their updates holds for, by name: nobody
+    else's `momentum`, say. Others are free.
     """
 
     name: str
@@ -162,6 +164,19 @@ class Method:
     report: Callable[[Array, Vectors, Vectors, tuple[LocalResult, ...]], Report] | None = None
     combine: Callable[[Array, Array], Array] | None = None
     evaluated: Callable[[Array, Vectors, Vectors], Array] | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    def check_terms(self, optimizer: Any) -> None:
+        """Raises `InvalidConfig` for a clients' optimizer that the method is not derived for."""
+        for term, expected in self.terms.items():
+            got = getattr(optimizer, term) or 0.0
+            if got != expected:
+                raise InvalidConfig(
+                    f"{self.name} does not hold for this {term} of the clients' optimizer",
+                    hint="change the task's optimizer, or the method's setting of that name if it has one",
+                    expected=expected,
+                    got=got,
+                )
 
 
 def reported(

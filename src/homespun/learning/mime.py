@@ -28,7 +28,7 @@ from homespun.learning.method import (
 
 
 def mime_lite(beta: float, weights: str) -> Method:
-    """`beta` 0 is FedAvg. The clients' own optimizer must have no momentum."""
+    """`beta` 0 is FedAvg. The clients' own optimizer must be plain SGD."""
     require(0 <= beta < 1, "MimeLite", "beta", ">= 0 and < 1", beta)
     weigh = weighting(weights)
 
@@ -58,6 +58,7 @@ def mime_lite(beta: float, weights: str) -> Method:
         numbers=weigh,
         report=report,
         server_update=server_update,
+        terms=dict.fromkeys(("momentum", "weight_decay", "proximal", "max_grad_norm"), 0.0),
     )
 
 

@@ -9,7 +9,7 @@ c: the server's control variate, c_i: client i's, both 0 at first; K steps of ra
               c <- c + 1/N sum (c_i+ - c_i)
 
 Clients weigh the same: c is the mean of all c_i only then. c_i+ is the mean gradient along the way only where local
-steps are plain SGD, so without momentum, weight decay and clipping of gradients.
+steps are plain SGD, so momentum, a proximal term and clipping of gradients are refused. Weight decay is part of f_i.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def scaffold(server: str, server_settings: Mapping[str, float]) -> Method:
         numbers=equally,
         report=report,
         server_update=server_update,
+        terms={"momentum": 0.0, "proximal": 0.0, "max_grad_norm": 0.0},
     )
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from homespun.simulation.ray import Cluster
 
 Seeds = Sequence[int]
+SAMPLED_ROWS = 256
+"""Of the data, that a resumed run is recognised by."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def simulate(
         module: nn.Module | None = None
         made: Any
         if isinstance(task, Plan):
-            examples = np.minimum(data.num_rows, task.manifest.max_rows)
+            examples, work = np.minimum(data.num_rows, task.manifest.max_rows), task.hash
             _refuse_for_plans(workers, aggregation, clip_norm, asynchronous)
             made = _plan_rounds(
                 task,
@@ -222,6 +224,7 @@ def simulate(
                 durations=durations,
             )
             module, examples = here.model, here.num_examples(data.num_rows)
+            work = f"{here.optimizer}, batches of {here.batch_size}, {here.local_epochs} epochs of {here.max_rows} rows"
         files = None
         if directory is not None:
             identity = {
@@ -230,10 +233,12 @@ def simulate(
                 "seed": str(seed),
                 "cohort": str(cohort),
                 "dropout": str(dropout),
-                "durations": str(durations),
+                "durations": _brief(durations),
                 "aggregation": f"{aggregation}, clip_norm {clip_norm}, max_weight {max_weight}",
                 "shards": str(shards),
                 "strategy": f"{strategy}, chunk {chunk}",
+                "task": work,
+                "participation": _brief(participation),
             }
             files = Files(
                 directory=Path(directory),
@@ -400,7 +405,18 @@ def _check(
 
 
 def _digest(data: Arena) -> str:
-    """Of the data's outline; the rows themselves may be too many to read."""
+    """Of the data's outline and some of the rows; all may be too many to read."""
     outline = {n: (str(a.dtype), a.shape) for n, a in sorted(data.inputs.items())}
-    inside = hashlib.sha256(np.ascontiguousarray(data.offsets).tobytes()).hexdigest()
-    return digest(f"{outline}{inside}".encode())[:16]
+    inside = hashlib.sha256(np.ascontiguousarray(data.offsets).tobytes())
+    some = np.unique(
+        np.linspace(0, max(int(data.offsets[-1]) - 1, 0), SAMPLED_ROWS).astype(np.int64)
+    )
+    for _, array in sorted(data.inputs.items()):
+        inside.update(np.ascontiguousarray(array[some[: len(array)]]).tobytes())
+    return digest(f"{outline}{inside.hexdigest()}".encode())[:16]
+
+
+def _brief(setting: object) -> str:
+    """A setting as part of an identity, in words if they are few; functions cannot be told apart."""
+    words = "a function" if callable(setting) else repr(setting)
+    return words if len(words) <= 200 else digest(words.encode())[:16]

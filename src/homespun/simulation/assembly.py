@@ -80,6 +80,7 @@ def cohort_rounds(
     )
     rule = method_of(method, settings)
     adding.check(rule)
+    rule.check_terms(here.optimizer)
     spec = TrainerSpec(
         task=task,
         arena=replace(data, clients=None),  # nobody asks a worker for names

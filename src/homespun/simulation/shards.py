@@ -63,7 +63,7 @@ class Adding:
             return
         if method.report or method.combine:
             raise InvalidConfig(
-                f"{method.name} reports more than its weighted update, which cannot be clipped or quantized yet",
+                f"{method.name} reports or keeps more than the weighted update, which is all that devices do",
                 hint='use aggregation = "float" without clip_norm, or a method such as FedAvg or FedProx',
             )
         if self.aggregation is Aggregation.FLOAT:
