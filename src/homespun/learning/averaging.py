@@ -1,7 +1,7 @@
 """Methods whose server takes the weighted mean update to a server optimizer's step.
 
-FedAvg, FedAvgM: McMahan et al. 2017, algorithm 1; Hsu et al. 2019, section 4.3. FedAdagrad, FedAdam, FedYogi: Reddi
-et al. 2021, algorithm 2. The formulas are in `fedavg` and `fedopt`: the step here is the very record that the server
+FedAvg, FedAvgM: McMahan et al. 2017, algorithm 1; Hsu et al. 2019. FedAdagrad, FedAdam, FedYogi: Reddi
+et al. 2021. The formulas are in `fedavg` and `fedopt`: the step here is the very record that the server
 of a deployment runs, in NumPy, so a simulation moves the model to the same bits.
 
     x <- step(x, sum w_i (y_i - x) / sum w_i)          y_i: the client's parameters after its steps

@@ -1,7 +1,7 @@
 """Ditto: beside the common model every client has its own, drawn towards it.
 
-Li et al. 2021, "Ditto: fair and robust federated learning through personalization", algorithm 1. v_i: client i's own
-parameters, the first model at first. In each round in which it takes part, with the model x it was given:
+Li et al. 2021, "Ditto: fair and robust federated learning through personalization" (arXiv:2012.04221). v_i: client i's
+own parameters, the first model at first. In each round in which it takes part, with the model x it was given:
 
     common    y <- y - lr g(y),  from y = x                                (any averaging method's step follows)
     own       v_i <- v_i - lr (g(v_i) + pull (v_i - x))                    (the paper's lambda)

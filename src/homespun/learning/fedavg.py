@@ -1,7 +1,8 @@
 """FedAvg and FedAvgM.
 
-McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized data",
-algorithm 1; Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 4.3.
+McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized data" (arXiv:1602.05629),
+algorithm 1; Hsu et al. 2019, "Measuring the effects of non-identical data distribution for federated visual
+classification" (arXiv:1909.06335).
 """
 
 from __future__ import annotations

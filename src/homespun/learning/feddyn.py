@@ -1,7 +1,7 @@
 """FedDyn: each client's objective is bent so that all of them come to rest at the same point.
 
-Acar et al. 2021, "Federated learning based on dynamic regularization", algorithm 1. h_i: what client i has of the
-gradient at its last parameters, h: the mean of all h_i; all 0 at first. N clients, of which S take part.
+Acar et al. 2021, "Federated learning based on dynamic regularization" (arXiv:2111.04263). h_i: what client i has of
+the gradient at its last parameters, h: the mean of all h_i; all 0 at first. N clients, of which S take part.
 
     client    y_i ~ argmin f_i(y) - <h_i, y> + alpha / 2 |y - x|^2        by its local steps, from y = x
               h_i <- h_i - alpha (y_i - x)

@@ -1,7 +1,7 @@
 """FedNova: who made more steps does not pull harder.
 
-Wang et al. 2020, "Tackling the objective inconsistency problem in heterogeneous federated optimization",
-sections 4 and 5. Client i's update is minus lr times its gradients, weighted by a_i, a vector of one entry per
+Wang et al. 2020, "Tackling the objective inconsistency problem in heterogeneous federated optimization"
+(arXiv:2007.07481). Client i's update is minus lr times its gradients, weighted by a_i, a vector of one entry per
 step. The server takes the mean of what each client did per step, times the mean number of steps:
 
     x <- step(x, tau sum p_i (y_i - x) / |a_i|_1),   tau = sum p_i |a_i|_1,   p_i = w_i / sum w

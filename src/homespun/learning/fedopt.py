@@ -1,6 +1,6 @@
 """FedAdagrad, FedAdam, FedYogi: adaptive server optimizers.
 
-Reddi et al. 2021, "Adaptive federated optimization", algorithm 2. As there, without bias correction; `tau`
+Reddi et al. 2021, "Adaptive federated optimization" (arXiv:2003.00295). As there, without bias correction; `tau`
 is the degree of adaptivity and v starts at tau^2.
 """
 

@@ -1,6 +1,6 @@
 """FedPer: some parameters, mostly the last layers, are every client's own.
 
-Arivazhagan et al. 2019, "Federated learning with personalization layers", algorithms 1 and 2. Common and own
+Arivazhagan et al. 2019, "Federated learning with personalization layers" (arXiv:1912.00818). Common and own
 parameters are trained together by the local steps; the server averages the common ones, and never gets the others,
 which are zeros in every sum.
 """

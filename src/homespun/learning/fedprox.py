@@ -1,8 +1,8 @@
 """FedProx: clients are held near the model that they were given.
 
-Li et al. 2020, "Federated optimization in heterogeneous networks", algorithm 2. Client i minimises
+Li et al. 2020, "Federated optimization in heterogeneous networks" (arXiv:1812.06127), algorithm 2. Client i minimises
 
-    f_i(y) + proximal / 2 |y - x|^2            (the paper's mu; equation 2)
+    f_i(y) + proximal / 2 |y - x|^2            (the paper's mu; section 3.2)
 
 by its local steps. Where they reach the minimum y_i, the model rests where sum w_i (y_i - x) = 0.
 """

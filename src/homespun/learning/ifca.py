@@ -1,6 +1,6 @@
 """IFCA: several models, and every client trains the one that fits it best.
 
-Ghosh et al. 2020, "An efficient framework for clustered federated learning", algorithm 1, option II (model averaging).
+Ghosh et al. 2020, "An efficient framework for clustered federated learning" (arXiv:2006.04088), with model averaging.
 The server has k models x_j, at first the given one with noise added.
 
     client    j = argmin_j f_i(x_j);  y <- y - lr g(y),  from y = x_j;  sends y - x_j and which j

@@ -1,8 +1,8 @@
 """Mime-lite: clients step with the server's momentum, which nobody but the server changes.
 
 Karimireddy et al. 2021, "Breaking the centralized barrier for cross-device federated learning" (as a preprint:
-"Mime: mimicking centralized stochastic algorithms in federated learning"), algorithm 1, MimeLite with SGDm as the base.
-s: momentum, 0 at first.
+"Mime: mimicking centralized stochastic algorithms in federated learning", arXiv:2008.03606), MimeLite with SGDm
+as the base. s: momentum, 0 at first.
 
     client    y <- y - lr ((1 - beta) g(y) + beta s),  from y = x
               sends y - x, and the gradient of all of its examples at x

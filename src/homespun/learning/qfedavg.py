@@ -1,7 +1,7 @@
 """q-FedAvg: clients with a high loss count more.
 
-Li et al. 2020, "Fair resource allocation in federated learning", algorithm 2. F_i >= 0: client i's mean loss with the
-model x, before its steps; L = 1 / lr, the estimate of the Lipschitz constant that the paper uses.
+Li et al. 2020, "Fair resource allocation in federated learning" (arXiv:1905.10497), algorithm 2. F_i >= 0: client i's
+mean loss with the model x, before its steps; L = 1 / lr, the estimate of the Lipschitz constant that the paper uses.
 
     client    u_i = L (x - y_i)
               Delta_i = F_i^q u_i

@@ -1,10 +1,10 @@
 """Aggregation that some of the clients cannot spoil, whatever they send.
 
-Median, TrimmedMean: Yin et al. 2018, "Byzantine-robust distributed learning: towards optimal statistical rates",
-definitions 1 and 2: of each coordinate by itself the median, or the mean without the `trim` n largest and smallest.
+Median, TrimmedMean: Yin et al. 2018, "Byzantine-robust distributed learning: towards optimal statistical rates"
+(arXiv:1803.01498): of each coordinate by itself the median, or the mean without the `trim` n largest and smallest.
 
-Krum, MultiKrum: Blanchard et al. 2017, "Machine learning with adversaries: Byzantine tolerant gradient descent",
-section 4; the mean of several is in its experiments. Of n updates f may be false, n >= 2 f + 3. The score of an update
+Krum, MultiKrum: Blanchard et al. 2017, "Machine learning with adversaries: Byzantine tolerant gradient descent";
+the mean of several is in its experiments. Of n updates f may be false, n >= 2 f + 3. The score of an update
 is the sum of its squared distances to the n - f - 2 nearest others; Krum takes the one with the lowest score, MultiKrum
 the mean of the `select` lowest.
 

@@ -1,6 +1,7 @@
 """SCAFFOLD: control variates take out of every local step what is the client's own drift.
 
-Karimireddy et al. 2020, "SCAFFOLD: stochastic controlled averaging for federated learning", algorithm 1, option II.
+Karimireddy et al. 2020, "SCAFFOLD: stochastic controlled averaging for federated learning" (arXiv:1910.06378),
+algorithm 1, option II.
 c: the server's control variate, c_i: client i's, both 0 at first; K steps of rate lr; N clients, of which S take part.
 
     client    y <- y - lr (g(y) - c_i + c),  from y = x

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -63,9 +62,9 @@ class Durations:
 
     def of(self, clients: Integers, examples: Integers, seed: int, number: int) -> Numbers:
         """[m] seconds of these clients in draw `number`."""
-        base: Any = self.seconds
+        base = np.full(len(clients), self.seconds)
         if self.measured is not None:
-            base = np.asarray(self.measured)[clients]
+            base = np.asarray(self.measured, np.float64)[clients]
         logarithm = np.zeros(len(clients))
         if self.spread:
             logarithm += self.spread * _normal(counters.begin(seed, "pace"), clients)
