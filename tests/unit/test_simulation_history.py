@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from homespun.errors import InvalidConfig, InvalidInput
@@ -116,5 +117,15 @@ def test_the_plot_holds_each_metric_and_the_report_each_of_few_rounds():
     assert told.count("\n| ") == 6
     assert "lowest evaluation loss: round 5" in told
     assert summary([record(n) for n in range(1, 101)], "run").count("\n| ") <= 22
+    assert "virtual" not in told
+    assert "staleness" not in told
+    slow = [
+        msgspec.structs.replace(
+            r, virtual_seconds=90.0 * r.round, staleness=0.5, most_stale=r.round
+        )
+        for r in rounds
+    ]
+    assert "virtual time: 450 s" in summary(slow, "run")
+    assert "staleness: 0.50 on average, 5 at most" in summary(slow, "run")
     with pytest.raises(InvalidInput):
         plot([])

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from homespun.errors import InvalidConfig, InvalidInput
-from homespun.learning.asynchronous import is_fed_buff
+from homespun.learning.asynchronous import fed_buff, is_fed_buff
 from homespun.learning.optimizers import server_optimizer
 from homespun.plan.package import Plan
 from homespun.simulation.arena import Arena
@@ -197,15 +197,16 @@ def simulate(
                 device_seeds,
             )
         else:
-            from homespun.simulation.assembly import cohort_rounds
+            from homespun.simulation.assembly import async_rounds, cohort_rounds
 
+            buffer = fed_buff({"max_weight": max_weight, **settings}) if asynchronous else None
             made, here = cohort_rounds(
                 stack,
                 task,
                 data,
                 evaluate_on,
-                method=method,
-                settings=settings,
+                method=buffer.method if buffer else method,
+                settings=dict(buffer.settings) if buffer else settings,
                 seed=seed,
                 aggregation=aggregation,
                 clip_norm=clip_norm,
@@ -220,10 +221,18 @@ def simulate(
                 chunk=chunk,
                 train_metrics=train_metrics,
                 device=device,
-                draw=participation,
-                durations=durations,
             )
             module, examples = here.model, here.num_examples(data.num_rows)
+            if buffer:
+                made = async_rounds(
+                    made,
+                    here,
+                    buffer,
+                    draw=participation,
+                    durations=durations or Durations(),
+                    examples=examples,
+                    concurrency=cohort,
+                )
             work = f"{here.optimizer}, batches of {here.batch_size}, {here.local_epochs} epochs of {here.max_rows} rows"
         files = None
         if directory is not None:

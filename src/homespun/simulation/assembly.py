@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from homespun.errors import InvalidConfig
-from homespun.learning.asynchronous import fed_buff, is_fed_buff
+from homespun.learning.asynchronous import FedBuff
 from homespun.learning.method import method as method_of
 from homespun.simulation.arena import Arena
 from homespun.simulation.asynchronous import Durations, clock
@@ -49,23 +49,12 @@ def cohort_rounds(
     train_metrics: bool,
     device: str,
     dtype: torch.dtype = torch.float32,
-    draw: object = None,
-    durations: Durations | None = None,
-) -> tuple[CohortRounds | AsyncRounds, Task]:
-    """The rounds, and their task; `stack` closes what they hold. `draw`, `durations`: of asynchronous ones.
+) -> tuple[CohortRounds, Task]:
+    """The rounds, and their task; `stack` closes what they hold.
 
     `dtype`: float64 is for proofs of equality, as checkpoints are of float32. Raises `InvalidConfig`.
     """
     here = task if isinstance(task, Task) else task()
-    buffer = fed_buff({"max_weight": max_weight, **settings}) if is_fed_buff(method) else None
-    if buffer is not None:
-        method, settings = buffer.method, dict(buffer.settings)
-        if aggregation in (Aggregation.FIXED_POINT, Aggregation.SECURE):
-            raise InvalidConfig(
-                "asynchronous runs add their updates as floats",
-                hint='aggregation = "float"; a deployment masks them in groups (docs/async.md)',
-                got=aggregation,
-            )
     if aggregation not in set(Aggregation):
         raise InvalidConfig(
             f"unknown aggregation {aggregation!r}", hint=f"one of: {', '.join(Aggregation)}"
@@ -106,7 +95,7 @@ def cohort_rounds(
         pool = Processes(spec, workers, work) if workers else spec.build()
     stack.callback(pool.close)
     own = {name: p.detach().cpu().numpy().copy() for name, p in here.model.named_parameters()}
-    rounds = CohortRounds(
+    return CohortRounds(
         method=rule,
         pool=pool,
         split=partial(split, rows=rows, num_shards=shards or _usual_shards(workers, cluster)),
@@ -120,23 +109,35 @@ def cohort_rounds(
         else Evaluator(spec.engine(here, evaluate_on), owners(evaluate_on, data)),
         device=device,
         dtype=dtype,
-    )
-    if buffer is None:
-        return rounds, here
-    examples = here.num_examples(data.num_rows)
-    return AsyncRounds(
-        rounds=rounds,
-        buffer=buffer,
-        num_steps=here.num_steps,
-        clock=clock(
-            draw,
-            durations or Durations(),
-            examples,
-            concurrency=cohort,
-            size=buffer.size,
-            max_staleness=buffer.max_staleness,
-        ),
     ), here
+
+
+def async_rounds(
+    rounds: CohortRounds,
+    task: Task,
+    buffer: FedBuff,
+    *,
+    draw: object,
+    durations: Durations,
+    examples: Clients,
+    concurrency: int,
+) -> AsyncRounds:
+    """Without waiting, what `rounds` are with it; `examples` [num_clients]. Raises `InvalidConfig`."""
+    if rounds.adding.aggregation is not Aggregation.FLOAT:
+        raise InvalidConfig(
+            "asynchronous runs add their updates as floats",
+            hint='aggregation = "float"; a deployment masks them in groups (docs/async.md)',
+            got=rounds.adding.aggregation,
+        )
+    begin = clock(
+        draw,
+        durations,
+        examples,
+        concurrency=concurrency,
+        size=buffer.size,
+        max_staleness=buffer.max_staleness,
+    )
+    return AsyncRounds(rounds=rounds, buffer=buffer, clock=begin, num_steps=task.num_steps)
 
 
 def owners(evaluated: Arena, trained: Arena) -> Clients:

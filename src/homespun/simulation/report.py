@@ -93,6 +93,11 @@ def summary(records: Sequence[RoundRecord], title: str) -> str:
         f"- {clients} participations, {steps} local steps",
         f"- training, last round: {text(last.training)}",
     ]
+    if last.virtual_seconds is not None:
+        lines.append(f"- virtual time: {last.virtual_seconds:.0f} s")
+    if stale := [(r.staleness, r.most_stale or 0) for r in records if r.staleness is not None]:
+        mean, most = sum(value for value, _ in stale) / len(stale), max(value for _, value in stale)
+        lines.append(f"- staleness: {mean:.2f} on average, {most} at most")
     newest = next((r for r in reversed(records) if r.evaluation), None)
     if newest is not None:
         lines.append(f"- evaluation, round {newest.round}: {text(newest.evaluation)}")
