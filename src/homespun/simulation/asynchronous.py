@@ -8,7 +8,7 @@ of them will be part of, and how stale it will be by then.
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,8 +122,11 @@ class Clock:
     max_staleness: int
     now: float = 0.0
     version: int = 0
-    _wave: int = 0
-    _order: int = 0
+    _slot: int = 0
+    _draws: int = 0
+    _count: int = 0
+    _next: deque[tuple[int, int, bool, float]] = field(default_factory=deque)
+    _at_work: Counter[int] = field(default_factory=Counter)
     _work: list[tuple[float, int, Start]] = field(default_factory=list)
     _buffer: list[Start] = field(default_factory=list)
     _began: dict[int, list[Start]] = field(default_factory=lambda: defaultdict(list))
@@ -131,10 +134,9 @@ class Clock:
 
     def began(self, version: int) -> list[Start]:
         """Those who begin from the model after `version` steps and report in time; asked once, versions in order."""
-        while self.version <= version or any(
-            start.version <= version for _, _, start in self._work
-        ):
+        while self.version <= version or self._at_work[version]:
             self._next_moment()
+        del self._at_work[version]
         return [start for start in self._began.pop(version, []) if start.step]
 
     def step(self, number: int) -> Step:
@@ -157,6 +159,7 @@ class Clock:
         self.now = self._work[0][0]
         while self._work and self._work[0][0] == self.now:
             start = heapq.heappop(self._work)[-1]
+            self._at_work[start.version] -= 1
             if not start.lost:
                 start.step = self.version + 1
                 self._buffer.append(start)
@@ -168,33 +171,44 @@ class Clock:
         self._steps[self.version] = Step(self.now, self._buffer)
         self._buffer = []
         oldest = self.version - self.max_staleness
-        if any(start.version < oldest for _, _, start in self._work):
+        if self._at_work.pop(oldest - 1, 0):
             self._work = [item for item in self._work if item[-1].version >= oldest]
             heapq.heapify(self._work)
 
     def _fill(self) -> None:
-        """New clients in the free places."""
+        """New clients in the free places, from a random order of clients, which is drawn anew when it is used up."""
         free = self.concurrency - len(self._work)
         if not free:
             return
+        slot = int(self.now // self.durations.slot_seconds)
+        if slot != self._slot:  # others are available
+            self._slot = slot
+            self._next.clear()
         # Its batches depend on the client and the model: twice the same would be the same update twice.
         barred = {start.client for _, _, start in self._work}
         barred |= {start.client for start in self._began[self.version] if start.step}
-        self._wave += 1
-        slot = int(self.now // self.durations.slot_seconds)
-        drawn = self.draw.draw(free + len(barred), self._wave, slot)
-        allowed = np.array([client not in barred for client in drawn.clients.tolist()], np.bool_)
-        allowed &= self.examples[drawn.clients] > 0
-        clients, dropped = drawn.clients[allowed][:free], drawn.dropped[allowed][:free]
-        examples = self.examples[clients]
-        seconds = self.durations.of(clients, examples, self.draw.seed, self._wave)
-        for client, count, lost, length in zip(
-            clients.tolist(), examples.tolist(), dropped.tolist(), seconds.tolist(), strict=True
-        ):
-            start = Start(client, self.version, count, lost=lost)
-            self._order += 1
-            heapq.heappush(self._work, (self.now + length, self._order, start))
-            self._began[self.version].append(start)
+        for used_up in (False, True):
+            if used_up and free:
+                self._draw(free + len(barred))
+            while free and self._next:
+                client, examples, lost, seconds = self._next.popleft()
+                if client in barred or not examples:
+                    continue
+                start = Start(client, self.version, examples, lost=lost)
+                self._count += 1
+                heapq.heappush(self._work, (self.now + seconds, self._count, start))
+                self._began[self.version].append(start)
+                self._at_work[self.version] += 1
+                barred.add(client)
+                free -= 1
+
+    def _draw(self, asked: int) -> None:
+        self._draws += 1
+        drawn = self.draw.draw(asked, self._draws, self._slot)
+        examples = self.examples[drawn.clients]
+        seconds = self.durations.of(drawn.clients, examples, self.draw.seed, self._draws)
+        columns = (drawn.clients, examples, drawn.dropped, seconds)
+        self._next = deque(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def clock(
