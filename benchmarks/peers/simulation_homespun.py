@@ -114,7 +114,6 @@ def in_float64(
             rotate=True,
             cohort=request.cohort,
             workers=workers(request),
-            cluster=None,
             shards=None,
             strategy="auto",
             chunk=None,

@@ -25,7 +25,7 @@ from benchmarks.peers.simulation_report import (
     table,
     verdict,
 )
-from benchmarks.peers.simulation_run import Result
+from benchmarks.peers.simulation_run import OwnMemory, Result
 from benchmarks.peers.simulation_tasks import BLOCK, TASKS, Data, Lstm
 from benchmarks.peers.simulation_torch import network
 from benchmarks.simulation import RunnerError, Side, parse_choices, train
@@ -40,6 +40,22 @@ def result(*seconds: float, steps: int = 8) -> Result:
 
 def moved(by: float):
     return {**REFERENCE, "w": REFERENCE["w"] + np.array([[0, 0], [0, by]], np.float32)}
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own account of memory")
+def test_pages_of_files_are_not_a_process_s_own_memory(tmp_path):
+    size = 64 * 2**20
+    np.save(tmp_path / "rows.npy", np.ones(size, np.uint8))
+    before = OwnMemory().peak_bytes()
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    assert int(rows.sum()) == size
+    assert OwnMemory().peak_bytes() - before < size / 4
+    mine = rows.copy()
+    assert OwnMemory().peak_bytes() - before > size - size / 4
+    assert len(mine) == size
 
 
 # --- tasks ----------------------------------------------------------------------------------------------

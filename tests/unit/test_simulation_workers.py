@@ -89,14 +89,14 @@ def test_shards_have_about_as_many_rows_and_no_two_the_same_client():
     rows = np.random.default_rng(0).integers(1, 100, 500)
     cohort = np.arange(0, 500, 2)
     for count in (1, 2, 7):
-        parts = split(cohort, rows, count)
+        parts = split(cohort, rows[cohort], count)
         assert np.concatenate(parts).tolist() == cohort.tolist()
         assert len(parts) == count
         sums = [int(rows[part].sum()) for part in parts]
         assert max(sums) - min(sums) <= 100
     one_has_all = np.array([1, 1, 1000, 1, 1])
     assert [p.tolist() for p in split(np.arange(5), one_has_all, 3)] == [[0, 1], [2], [3, 4]]
-    assert [p.tolist() for p in split(np.arange(2), rows, 5)] == [[0], [1]]
+    assert [p.tolist() for p in split(np.arange(2), rows[:2], 5)] == [[0], [1]]
     most = 3 * SHARD_CLIENTS
     assert max(len(p) for p in split(np.arange(most), np.ones(most, int), 1)) <= SHARD_CLIENTS
 

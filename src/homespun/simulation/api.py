@@ -215,12 +215,12 @@ def simulate(
                 rotate=rotate,
                 cohort=cohort,
                 workers=workers,
-                cluster=cluster,
                 shards=shards,
                 strategy=strategy,
                 chunk=chunk,
                 train_metrics=train_metrics,
                 device=device,
+                cluster=cluster,
             )
             module, examples = here.model, here.num_examples(data.num_rows)
             if buffer:

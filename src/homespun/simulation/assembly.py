@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from homespun.errors import InvalidConfig
@@ -42,13 +42,13 @@ def cohort_rounds(
     rotate: bool,
     cohort: int,
     workers: int,
-    cluster: Cluster | None,
     shards: int | None,
     strategy: str,
     chunk: int | None,
     train_metrics: bool,
     device: str,
     dtype: torch.dtype = torch.float32,
+    cluster: Cluster | None = None,
 ) -> tuple[CohortRounds, Task]:
     """The rounds, and their task; `stack` closes what they hold.
 
@@ -83,10 +83,13 @@ def cohort_rounds(
         device=device,
         dtype=dtype,
     )
-    rows = data.num_rows if here.max_rows is None else data.num_rows.clip(max=here.max_rows)
+    num_shards = shards or _usual_shards(workers, cluster)
+
+    def rows(clients: Clients) -> npt.NDArray[np.int64]:
+        return here.num_examples(data.offsets[clients + 1] - data.offsets[clients])
 
     def work(shard: Shard) -> float:
-        return float(rows[shard.clients].sum())
+        return float(rows(shard.clients).sum())
 
     pool: Pool
     if cluster is not None:
@@ -98,7 +101,7 @@ def cohort_rounds(
     return CohortRounds(
         method=rule,
         pool=pool,
-        split=partial(split, rows=rows, num_shards=shards or _usual_shards(workers, cluster)),
+        split=lambda clients: split(clients, rows(clients), num_shards),
         adding=adding,
         shapes=[(name, tuple(p.shape)) for name, p in here.model.named_parameters()],
         own=own,

@@ -178,10 +178,10 @@ class Pool(Protocol):
 
 
 def split(cohort: Clients, rows: npt.NDArray[np.int64], num_shards: int) -> list[Clients]:
-    """The shards of a cohort, in order, of about as many rows each. `rows` [num_clients]: of all clients there are."""
+    """The shards of a cohort, in order, of about as many rows each. `rows` [len(cohort)]: of its clients."""
     count = max(num_shards, -(-len(cohort) // SHARD_CLIENTS))
-    ends = np.cumsum(rows[cohort])
-    middles = ends - rows[cohort] / 2
+    ends = np.cumsum(rows)
+    middles = ends - rows / 2
     cuts = np.searchsorted(middles, ends[-1] * np.arange(1, count) / count)
     return [part for part in np.split(cohort, cuts) if len(part)]
 
