@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from homespun.errors import InvalidConfig, NotFound, NumericFailure, PlanCrashed
 from homespun.simulation.arena import Arena
 from homespun.simulation.processes import Processes
 from homespun.simulation.shards import SHARD_CLIENTS, ShardSum, split
+from homespun.simulation.spec import TrainerSpec
 from homespun.simulation.workers import Lost, Workers, deal
 from tests.unit.odd_trainers import (
     FAILS,
@@ -70,6 +74,24 @@ def test_workers_map_the_rows_and_copy_none(pool, arena):
     head = pickle.dumps(arena, protocol=5, buffer_callback=buffers.append)
     assert len(head) < 2_000
     assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * (ROWS + 2)  # b and the offsets
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own list of maps")
+def test_whoever_trains_reads_no_more_of_a_file_than_is_asked_for(tmp_path):
+    data().save(tmp_path)
+    mapped = Arena.open(tmp_path)
+    address = mapped.inputs["x"].__array_interface__["data"][0] // 4096 * 4096
+
+    def is_read_at_random():
+        smaps = Path("/proc/self/smaps").read_text()
+        (after,) = re.findall(
+            rf"^{address:x}-.*?^VmFlags:([^\n]*)", smaps, re.DOTALL | re.MULTILINE
+        )
+        return "rr" in after.split()
+
+    assert not is_read_at_random()
+    TrainerSpec(task=task, arena=mapped, method="FedAvg").build()
+    assert is_read_at_random()
 
 
 def test_what_is_not_just_a_file_travels_as_rows(tmp_path):

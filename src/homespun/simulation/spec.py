@@ -37,6 +37,7 @@ class TrainerSpec:
     def build(self) -> ShardTrainer:
         """Raises `InvalidConfig` for a method, strategy or task that does not exist."""
         task = self.task if isinstance(self.task, Task) else self.task()
+        self.arena.read_here_and_there()
         return ShardTrainer(
             engine=self.engine(task, self.arena),
             method=method(self.method, self.settings),
