@@ -39,8 +39,14 @@ def arena(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pool(arena, tmp_path_factory):
-    with Processes(Odd(str(tmp_path_factory.mktemp("marks")), arena), 2) as workers:
+def marks(tmp_path_factory):
+    """A file for each worker that was killed."""
+    return tmp_path_factory.mktemp("marks")
+
+
+@pytest.fixture(scope="module")
+def pool(arena, marks):
+    with Processes(Odd(str(marks), arena), 2) as workers:
         yield workers
 
 
@@ -56,9 +62,10 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_is_trained(pool):
     assert len(set(before) & set(pool.process_ids)) < 2  # somebody was really killed
 
 
-def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(pool):
+def test_a_shard_that_kills_everybody_ends_the_run_and_a_failure_is_told(pool, marks):
     with pytest.raises(PlanCrashed, match=r"trained shard 1 died 3 times \(exit code -9"):
         pool.run(order(3), shards(1, KILLS))
+    assert len(list(marks.glob(f"{KILLS}-*"))) == 3
     with pytest.raises(NumericFailure, match="shard 99") as caught:
         pool.run(order(7), shards(1, FAILS, 3))
     assert (caught.value.hint, caught.value.details) == ("as it should be", {"round": 7})
@@ -143,7 +150,9 @@ class Slow:
         _, _, shard = job
         seconds = self.pace * int(shard.clients[0])
         self.trained.append(int(shard.clients[0]))
-        self.answers.append((Clock.now + seconds, ShardSum(num_clients=int(shard.clients[0]))))
+        answer = ShardSum(num_clients=int(shard.clients[0]))
+        failure = NumericFailure("as it should be")
+        self.answers.append((Clock.now + seconds, failure if seconds == FAILS else answer))
 
     def receive(self):
         return self.answers.pop()[1]
@@ -179,6 +188,13 @@ def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
     assert Clock.now - began == 20.0  # the fast one alone needs 24, halves 60
 
 
+def test_what_is_left_of_a_failed_round_is_not_taken_for_the_next():
+    team = Team([Slow(1.0), Slow(1.0)], lambda shard: 1.0)
+    with pytest.raises(NumericFailure):
+        team.run(order(1), shards(FAILS, FAILS + 1))
+    assert [part.num_clients for part in team.run(order(2), shards(7, 8))] == [7, 8]
+
+
 class Broken(Slow):
     def receive(self):
         raise Lost("no GPU")
@@ -191,12 +207,16 @@ def test_workers_that_never_begin_end_the_run():
 
 def test_a_worker_that_is_not_ready_is_not_waited_for_and_nobody_at_all_is_an_error():
     class Pending(Team):
+        waits = 0
+
         def _wait(self, workers, seconds):
+            self.waits += 1
+            assert self.waits < 10
             there = [worker for worker in workers if worker is not never]
             return super()._wait(there, seconds) if there else []
 
     here, never = Slow(1.0), Slow(1.0)
-    team = Pending([here, never], lambda shard: 1.0)
+    team = Pending([never, here], lambda shard: 1.0)
     assert len(team.run(order(1), shards(1, 2, 3))) == 3
     assert (len(here.trained), never.trained) == (3, [])
     with pytest.raises(PlanCrashed, match="no worker was ready"):
