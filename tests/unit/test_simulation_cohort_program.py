@@ -40,8 +40,6 @@ def test_a_program_is_right_for_any_number_of_clients():
 
 def test_what_rows_and_shared_tensors_decide_is_computed_once():
     program = recorded(steps)
-    assert "mm" in program.shared.__code__.co_varnames
-    assert "mm" not in program.each.__code__.co_varnames[: program.each.__code__.co_argcount]
     rows, _, shared = arguments(4)
     products, sums = program.shared(4, rows, None, shared)
     torch.testing.assert_close(products.view(8, 3), rows @ shared)
@@ -62,7 +60,7 @@ def test_what_rows_and_shared_tensors_decide_is_computed_once():
     ],
 )
 def test_what_is_not_the_same_for_every_number_of_clients_is_refused(function):
-    with pytest.raises((Unrecordable, RuntimeError)):
+    with pytest.raises(Unrecordable):
         recorded(function)
 
 

@@ -234,24 +234,18 @@ def _positions(counts: Integers) -> tuple[Integers, Integers]:
 def _fill(cohort: _Cohort, orders: Iterator[Integers]) -> Batches:
     """Cut each epoch's order into batches and lay them out step by step."""
     size, used = cohort.batch_size, cohort.num_examples
-    most = int(cohort.num_steps.max(initial=0))
-    rows = np.zeros((most, len(used), size), np.int64)
-    present = np.zeros(rows.shape, np.bool_)
-    owners, ranks = _positions(used)
-    per_epoch = -(-used // size)
-    places = (ranks // size * len(used) + owners) * size + ranks % size  # in the flat arrays
-    epoch_length = (per_epoch * len(used) * size)[owners]
-    short = np.flatnonzero(used % size)
-    absent = np.arange(size) >= (used[short] % size)[:, None]
-    for epoch, order in enumerate(orders):
-        rows.reshape(-1)[places] = order
-        present.reshape(-1)[places] = True
-        # As on the device, a short batch is filled with its first row.
-        last = (epoch + 1) * per_epoch[short] - 1
-        rows[last, short] = np.where(absent, rows[last, short, :1], rows[last, short])
-        places += epoch_length
+    order = np.concatenate(list(orders))
+    per_epoch = np.maximum(-(-used // size), 1)
+    steps = np.arange(cohort.num_steps.max(initial=0))[:, None]
+    epoch = np.minimum(steps // per_epoch, cohort.local_epochs - 1)
+    first = (steps - epoch * per_epoch) * size  # in its client's order of the epoch
+    # As on the device, a short batch is filled with its first row; what is beyond the last step means nothing.
+    inside = np.arange(size)
+    present = inside < (used - first)[:, :, None]
+    places = epoch * used.sum() + (np.cumsum(used) - used) + np.minimum(first, used - 1)
+    rows = order[places[:, :, None] + inside * present]
     # num_steps falls, so that the clients with more than s steps are the first ones.
-    active = np.searchsorted(-cohort.num_steps, -np.arange(most), side="left")
+    active = np.searchsorted(-cohort.num_steps, -steps[:, 0], side="left")
     return Batches(
         clients=cohort.clients,
         rows=rows,

@@ -70,7 +70,7 @@ class Cohort:
             if step.active != active:
                 active = step.active
                 for slot in self._slots.values():
-                    slot.active = active
+                    slot.narrow(active)
             sums = self._replayed(step, totals.names, plain)
             sums = sums or self._measured(step.batch, step.weight, active, totals.names)
             for index in range(len(totals.names)):
@@ -213,7 +213,7 @@ class Cohort:
         ]
         gradients = []
         for bounds, slot in slots:
-            here = slot.stack[: slot.active].reshape(slot.active, -1)
+            here = slot.here.reshape(slot.active, -1)
             gradient = slot.gradient().reshape(slot.active, -1).mul_(local.scale)
             if local.correction is not None:
                 gradient += local.correction[..., bounds].reshape(-1, here.shape[1])[: slot.active]
@@ -229,13 +229,13 @@ class Cohort:
             gradients = [gradient * factor[:, None] for gradient in gradients]
         for (_, slot), gradient in zip(slots, gradients, strict=True):
             if optimizer.weight_decay:
-                gradient += optimizer.weight_decay * slot.stack[: slot.active].reshape_as(gradient)
+                gradient += optimizer.weight_decay * slot.here.reshape_as(gradient)
             if optimizer.momentum:
                 if slot.velocity is not None:
                     gradient += optimizer.momentum * slot.velocity[: slot.active]
                 slot.velocity = gradient
             shaped = gradient.view(slot.active, *slot.shape)
-            slot.stack[: slot.active].sub_(shaped, alpha=optimizer.learning_rate)
+            slot.here.sub_(shaped, alpha=optimizer.learning_rate)
 
     def _build(self, clients: int) -> None:
         self._clients, self._slots = clients, self._made(clients)

@@ -68,26 +68,26 @@ class Rows:
         """The steps of the clients `first` to `last` of `batches`, in order."""
         last = len(batches.clients) if last is None else last
         active = np.clip(batches.active - first, 0, last - first)
-        active = active[active > 0]
+        counts: list[int] = active[active > 0].tolist()
         size = batches.rows.shape[2]
+        most = GATHERED_BYTES // max(self._row_bytes * size, 1)
         begin = 0
-        while begin < len(active):
-            end, room = begin + 1, GATHERED_BYTES // max(self._row_bytes, 1) - active[begin] * size
-            while end < len(active) and active[end] * size <= room:
-                room -= active[end] * size
+        while begin < len(counts):
+            end, clients = begin + 1, counts[begin]
+            while end < len(counts) and clients + counts[end] <= most:
+                clients += counts[end]
                 end += 1
-            counts = active[begin:end]
-            inside = np.arange(last - first) < counts[:, None]
-            rows = self.at(batches.rows[begin:end, first:last][inside].reshape(-1))
-            present = batches.present[begin:end, first:last][inside].reshape(-1)
+            spans = [(step, slice(first, first + counts[step])) for step in range(begin, end)]
+            rows = self.at(np.concatenate([batches.rows[span].reshape(-1) for span in spans]))
+            present = np.concatenate([batches.present[span].reshape(-1) for span in spans])
             weight = torch.from_numpy(present).to(self.device, self.dtype)
-            block = Block(rows, weight, counts.tolist())
+            block = Block(rows, weight, counts[begin:end])
             sizes = [count * size for count in block.counts]
-            parts = {name: torch.split(tensor, sizes) for name, tensor in rows.items()}
-            weights = torch.split(weight, sizes)
-            for index, count in enumerate(block.counts):
-                batch = {name: part[index] for name, part in parts.items()}
-                yield Step(batch, weights[index], count, block, index)
+            weights = weight.split_with_sizes(sizes)
+            columns = [tensor.split_with_sizes(sizes) for tensor in rows.values()]
+            for place, (count, *parts) in enumerate(zip(block.counts, *columns, strict=True)):
+                batch = dict(zip(rows, parts, strict=True))
+                yield Step(batch, weights[place], count, block, place)
             begin = end
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
@@ -101,6 +101,9 @@ class Rows:
 def _tensor(array: np.ndarray) -> Tensor:
     if array.dtype in (np.uint16, np.uint32):  # PyTorch can hold these but not index with them
         array = array.astype(np.int32 if array.dtype == np.uint16 else np.int64)
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a memory-mapped array that cannot be written
-        return torch.from_numpy(np.ascontiguousarray(array))
+        warnings.simplefilter("ignore", UserWarning)  # a memory-mapped array
+        return torch.from_numpy(array)

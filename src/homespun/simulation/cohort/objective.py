@@ -96,11 +96,15 @@ class Totals:
         self._parts: list[list[Tensor]] = [[] for _ in range(2 * len(names))]
 
     def add(self, index: int, total: Tensor, count: Tensor) -> None:
-        self._parts[2 * index].append(total.detach().reshape(-1))
-        self._parts[2 * index + 1].append(count.detach().reshape(-1))
+        self._parts[2 * index].append(total.detach() if total.requires_grad else total)
+        self._parts[2 * index + 1].append(count)
 
     def read(self) -> dict[str, MetricSum]:
-        sums = [torch.cat(parts).sum(dtype=torch.float64) for parts in self._parts if parts]
+        sums = [
+            torch.cat([part.reshape(-1) for part in parts]).sum(dtype=torch.float64)
+            for parts in self._parts
+            if parts
+        ]
         numbers = torch.stack(sums).tolist() if sums else [0.0] * len(self._parts)
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
         return {name: MetricSum(*pair) for name, pair in zip(self.names, pairs, strict=True)}

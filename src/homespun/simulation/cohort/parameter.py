@@ -133,8 +133,8 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         active = weight.active
         parts = rows.chunk(active)
-        kernels = weight.stack[:active].unbind()
-        offsets = [None] * active if bias is None else bias.stack[:active].unbind()
+        kernels = weight.here.unbind()
+        offsets = [None] * active if bias is None else bias.here.unbind()
         ctx.given = parts, kernels, weight, bias, options
         results = [
             torch.conv2d(part, kernel, offset, *options)

@@ -1,9 +1,10 @@
 """A lockstep step as a flat program: recorded once, replayed without modules, hooks or autograd.
 
-`record` runs a function of tensors (the author's module, the loss and the backward pass) under `make_fx` for two
-numbers of clients. Both recordings must be the same operations, and a size that differs must be a multiple of the
-number of clients: the program is then one for any number. Whatever rows and unchanging tensors alone decide (the
-first product of a factored layer, counts, masks) becomes a part of its own, which runs once for many steps.
+`record` runs a function of tensors (the author's module, the loss and the backward pass) for two numbers of clients
+and notes each operation that arrives below autograd. Both recordings must be the same operations, and a size that
+differs must be a multiple of the number of clients: the program is then one for any number. Whatever rows and
+unchanging tensors alone decide (the first product of a factored layer, counts, masks) becomes a part of its own,
+which runs once for many steps.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FEW, MANY = 3, 5
 """Clients of the two recordings; neither number is a multiple of the other."""
@@ -50,7 +51,7 @@ class Program:
         columns = [
             [tensor] * len(counts)
             if width is None
-            else torch.split(tensor, [width * n for n in counts])
+            else tensor.split_with_sizes([width * n for n in counts])
             for tensor, width in zip(shared, self.widths, strict=True)
         ]
         return list(zip(*columns, strict=True)) if columns else [()] * len(counts)
@@ -62,9 +63,9 @@ def record(
     """`arguments(n)`: examples for n clients. The first `num_rows` are rows, one client's after another's; those at
     the positions `fixed` are the same for all clients and steps.
 
-    Raises `Unrecordable`, or whatever PyTorch raises for what cannot be traced (a branch that depends on numbers).
+    Raises `Unrecordable`.
     """
-    few, many = (make_fx(function)(*arguments(n)) for n in (FEW, MANY))
+    few, many = (_Recording.of(function, arguments(n)) for n in (FEW, MANY))
     program = _Writer(few, many, num_rows, fixed).program()
     steps = [arguments(n) for n in CHECKED]
     together = [torch.cat(rows) for rows in list(zip(*steps, strict=True))[:num_rows]]
@@ -88,101 +89,164 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class _Call:
+    function: OpOverload
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    results: list[Tensor | None]
+    several: bool
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that are called while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[_Call] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what PyTorch does otherwise imports its whole compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        several = isinstance(result, (list, tuple))
+        results = list(result) if several else [result]
+        if not all(each is None or isinstance(each, Tensor) for each in results):
+            raise Unrecordable(f"{func} makes numbers, on which the rest may depend")
+        self.calls.append(_Call(func, args, kwargs or {}, results, several))
+        return result
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """What a function did with its arguments. All tensors are held, so that an `id` is one tensor's for good."""
+
+    arguments: list[Tensor]
+    calls: list[_Call]
+    results: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, function: Function, arguments: list[Tensor]) -> _Recording:
+        with _Recorder() as recorder:
+            results = function(*arguments)
+        return cls(arguments, recorder.calls, results)
+
+
+@dataclass(frozen=True)
 class _Value:
-    """`width`: rows per client, None: no axis of clients. `early`: it may be computed for many steps together.
-    `root`: the value that has the memory."""
+    """`width`: rows per client, None: no axis of clients, 0: another axis. `early`: it may be computed for many steps
+    together. `root`: the value that has the memory. `size`: bytes for `FEW` clients."""
 
     name: str
     width: int | None
     early: bool
     root: str
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class _Line:
-    name: str
+    results: tuple[_Value, ...]
     text: str
     uses: frozenset[str]
-    early: bool
     changes: bool
-    node: fx.Node
+
+    @property
+    def names(self) -> list[str]:
+        return [result.name for result in self.results]
+
+    @property
+    def early(self) -> bool:
+        return all(result.early for result in self.results)
 
 
 class _Writer:
     """Writes a program from two recordings."""
 
-    def __init__(
-        self, few: fx.GraphModule, many: fx.GraphModule, num_rows: int, fixed: set[int]
-    ) -> None:
-        nodes, others = list(few.graph.nodes), list(many.graph.nodes)
-        if [(n.op, n.target) for n in nodes] != [(n.op, n.target) for n in others]:
-            raise Unrecordable("another number of clients takes other operations")
-        self._twin = dict(zip(nodes, others, strict=True))
-        self._values: dict[fx.Node, _Value] = {}
-        self._names: dict[str, Any] = {}
+    def __init__(self, few: _Recording, many: _Recording, num_rows: int, fixed: set[int]) -> None:
+        self._few: dict[int, _Value] = {}
+        self._many: dict[int, _Value] = {}
+        self._space: dict[str, Any] = {}
         self._lines: list[_Line] = []
         self._changed: set[str] = set()
-        self._inputs: list[str] = []
-        for node, other in self._twin.items():
-            if node.op == "placeholder":
-                place = len(self._inputs)
-                early = place < num_rows or place in fixed
-                width = _width(node, other)
-                self._values[node] = _Value(node.name, width, early, node.name)
-                self._inputs.append(node.name)
-            elif node.op == "get_attr":
-                constant = getattr(few, str(node.target))
-                if not torch.equal(constant, getattr(many, str(other.target))):
-                    raise Unrecordable("a constant depends on the number of clients")
-                self._names[node.name] = constant
-                self._values[node] = _Value(node.name, None, True, node.name)
-            elif node.op == "call_function":
-                self._call(node, other)
-            else:
-                (results,) = node.args
-                self._results = [self._values[result].name for result in results]
-
-    def _call(self, node: fx.Node, other: fx.Node) -> None:
-        given = [self._values[each] for each in node.all_input_nodes]
-        if _does_nothing(node):
-            self._values[node] = given[0]
-            return
-        function, width = node.target, _width(node, other)
-        schema = function._schema if isinstance(function, OpOverload) else None
-        changes = schema is not None and schema.is_mutable
-        view = schema is not None and any(result.alias_info for result in schema.returns)
-        early = all(value.early and value.root not in self._changed for value in given)
-        # Clients of several steps are told apart by their places along the first axis only.
-        axis = width is not None or all(value.width is None for value in given)
-        early = early and axis and not changes and width != 0
-        if schema is not None and changes:
-            self._change(node, schema)
-        root = given[0].root if (view or changes) and given else node.name
-        self._values[node] = _Value(node.name, width, early, root)
-        arguments = [self._text(*pair) for pair in zip(node.args, other.args, strict=True)]
-        arguments += [
-            f"{name}={self._text(value, other.kwargs[name])}" for name, value in node.kwargs.items()
+        for place, (one, other) in enumerate(zip(few.arguments, many.arguments, strict=True)):
+            early = place < num_rows or place in fixed
+            name = f"given_{place}"
+            self._enter(one, other, _Value(name, _width(one, other), early, name))
+        self._inputs = [value.name for value in self._few.values()]
+        if [call.function for call in few.calls] != [call.function for call in many.calls]:
+            raise Unrecordable("another number of clients takes other operations")
+        for call, twin in zip(few.calls, many.calls, strict=True):
+            self._call(call, twin)
+        self._results = [
+            self._value(one, other).name
+            for one, other in zip(few.results, many.results, strict=True)
         ]
-        text = f"{self._constant(_fastest(function))}({', '.join(arguments)})"
-        uses = frozenset(value.name for value in given)
-        self._lines.append(_Line(node.name, text, uses, early, changes, node))
 
-    def _change(self, node: fx.Node, schema: Any) -> None:
-        for argument, declared in zip(node.args, schema.arguments, strict=False):
-            if declared.is_write and isinstance(argument, fx.Node):
-                value = self._values[argument]
+    def _enter(self, one: Tensor, other: Tensor, value: _Value) -> None:
+        self._few[id(one)] = self._many[id(other)] = value
+
+    def _value(self, one: Tensor, other: Tensor) -> _Value:
+        """Of a tensor; one that was there before is a constant."""
+        if id(one) not in self._few and id(other) not in self._many:
+            if one.shape != other.shape or not torch.equal(one, other):
+                raise Unrecordable("a constant depends on the number of clients")
+            name = self._constant(one.detach())
+            self._enter(one, other, _Value(name, None, True, name))
+        if self._few.get(id(one)) is not self._many.get(id(other)):
+            raise Unrecordable("another number of clients takes other operations")
+        return self._few[id(one)]
+
+    def _call(self, call: _Call, twin: _Call) -> None:
+        given: list[_Value] = []
+        arguments = [self._text(*pair, given) for pair in zip(call.args, twin.args, strict=True)]
+        arguments += [
+            f"{name}={self._text(value, twin.kwargs[name], given)}"
+            for name, value in call.kwargs.items()
+        ]
+        if _does_nothing(call):
+            self._few[id(call.results[0])] = self._many[id(twin.results[0])] = given[0]
+            return
+        schema = call.function._schema
+        early = all(value.early and value.root not in self._changed for value in given)
+        if schema.is_mutable:
+            early = False
+            self._change(call)
+        view = any(result.alias_info for result in schema.returns)
+        made = []
+        for place, (one, other) in enumerate(zip(call.results, twin.results, strict=True)):
+            name = f"v{len(self._lines)}_{place}"
+            if one is None or other is None:
+                made.append(_Value(name, None, True, name))
+                continue
+            width = _width(one, other)
+            # Clients of several steps are told apart by their places along the first axis only.
+            axis = width != 0 if width is not None else all(v.width is None for v in given)
+            root = given[0].root if given and view else name
+            made.append(_Value(name, width, early and axis, root, one.numel() * one.itemsize))
+            self._enter(one, other, made[-1])
+        names = ", ".join(value.name for value in made) + "," * call.several
+        text = f"{names} = {self._constant(_fastest(call.function))}({', '.join(arguments)})"
+        uses = frozenset(value.name for value in given)
+        self._lines.append(_Line(tuple(made), text, uses, schema.is_mutable))
+
+    def _change(self, call: _Call) -> None:
+        for argument, declared in zip(call.args, call.function._schema.arguments, strict=False):
+            if declared.is_write and isinstance(argument, Tensor):
+                value = self._few[id(argument)]
                 if value.early and value.width is None:
                     raise Unrecordable("something that all steps share is changed in place")
                 self._changed.add(value.root)
 
-    def _text(self, one: Any, other: Any) -> str:
+    def _text(self, one: Any, other: Any, given: list[_Value]) -> str:
         """An argument, of which the two recordings have these values, for any number n of clients."""
-        if isinstance(one, fx.Node):
-            if self._twin[one] is not other:
-                raise Unrecordable("another number of clients takes other operations")
-            return self._values[one].name
+        if isinstance(one, Tensor):
+            given.append(self._value(one, other))
+            return given[-1].name
         if isinstance(one, (list, tuple)):
-            return f"[{', '.join(self._text(*pair) for pair in zip(one, other, strict=True))}]"
+            pairs = zip(one, other, strict=True)
+            return f"[{', '.join(self._text(*pair, given) for pair in pairs)}]"
         if type(one) is int and one != other:
             if one * MANY != other * FEW or one % FEW:
                 raise Unrecordable("a size is no multiple of the number of clients")
@@ -195,88 +259,71 @@ class _Writer:
         return repr(one) if plain else self._constant(one)
 
     def _constant(self, value: Any) -> str:
-        name = f"constant_{len(self._names)}"
-        self._names[name] = value
+        name = f"constant_{len(self._space)}"
+        self._space[name] = value
         return name
 
     def program(self) -> Program:
         needed, lines = set(self._results), []
         for line in reversed(self._lines):
-            if line.changes or line.name in needed:
+            if line.changes or needed.intersection(line.names):
                 needed |= line.uses
                 lines.append(line)
         lines.reverse()
-        late = set(self._results).union(*(line.uses for line in lines if not line.early))
-        shared = [line for line in lines if line.early and line.name in late]
-        names = [line.name for line in shared]
         early = [line for line in lines if line.early]
+        late = [line for line in lines if not line.early]
+        wanted = set(self._results).union(*(line.uses for line in late))
+        shared = [value for line in early for value in line.results if value.name in wanted]
+        names = [value.name for value in shared]
         return Program(
             shared=self._function(self._inputs, early, names),
-            each=self._function(
-                self._inputs + names, [line for line in lines if not line.early], self._results
-            ),
-            widths=tuple(self._values[line.node].width for line in shared),
-            shared_bytes=sum(
-                _bytes(line.node) // FEW for line in shared if self._values[line.node].width
-            ),
+            each=self._function(self._inputs + names, late, self._results),
+            widths=tuple(value.width for value in shared),
+            shared_bytes=sum(value.size // FEW for value in shared if value.width),
         )
 
     def _function(self, inputs: list[str], lines: list[_Line], results: list[str]) -> Function:
-        last = {name: line for line in lines for name in (line.name, *line.uses)}
+        last = {name: line for line in lines for name in (*line.names, *line.uses)}
+        over: dict[int, list[str]] = {}
+        for name, line in last.items():
+            if name not in results and name not in self._space:
+                over.setdefault(id(line), []).append(name)
         body = []
         for line in lines:
-            body.append(f"    {line.name} = {line.text}")
-            over = [name for name, user in last.items() if user is line and name not in results]
-            over = [name for name in over if name not in self._names]
-            if over:  # as early as autograd gives memory back
-                body.append(f"    del {', '.join(over)}")
+            body.append(f"    {line.text}")
+            if id(line) in over:  # memory is given back as early as autograd does it
+                body.append(f"    del {', '.join(over[id(line)])}")
         source = "\n".join(
             [f"def run({', '.join(('n', *inputs))}):", *body, f"    return [{', '.join(results)}]"]
         )
-        space = dict(self._names)
+        space = dict(self._space)
         exec(compile(source, "<recorded step>", "exec"), space)
         function: Function = space["run"]
         return function
 
 
-def _shape(node: fx.Node) -> Sequence[int] | None:
-    meta = node.meta.get("tensor_meta")
-    return None if meta is None or not hasattr(meta, "shape") else meta.shape
-
-
-def _bytes(node: fx.Node) -> int:
-    meta = node.meta["tensor_meta"]
-    size: int = meta.shape.numel() * meta.dtype.itemsize
-    return size
-
-
-def _width(node: fx.Node, other: fx.Node) -> int | None:
+def _width(one: Tensor, other: Tensor) -> int | None:
     """Rows per client along the first axis; None: no axis depends on the number of clients; 0: some other does."""
-    few, many = _shape(node), _shape(other)
-    if few is None or many is None:
-        return 0
+    few, many = one.shape, other.shape
     if few == many:
         return None
-    first = few[0] * MANY == many[0] * FEW and few[1:] == many[1:] and few[0] % FEW == 0
-    return few[0] // FEW if first else 0
+    first = len(few) > 0 and few[0] * MANY == many[0] * FEW and few[0] % FEW == 0
+    return few[0] // FEW if first and few[1:] == many[1:] else 0
 
 
-def _does_nothing(node: fx.Node) -> bool:
+def _does_nothing(call: _Call) -> bool:
     """Whether the result is the first argument once more."""
-    if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+    if call.function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
         return True
-    if node.target in (torch.ops.aten.view.default, torch.ops.aten.slice.Tensor):
-        (source, *_) = node.args
-        return isinstance(source, fx.Node) and _shape(node) == _shape(source)
-    return False
+    same = (torch.ops.aten.view.default, torch.ops.aten.slice.Tensor)
+    (result, *_) = call.results
+    return call.function in same and result is not None and call.args[0].shape == result.shape
 
 
-def _fastest(function: Any) -> Any:
+def _fastest(function: OpOverload) -> Callable[..., Any]:
     """The same operation by the shortest way from Python."""
     if function in _faster:
         return _faster[function]
-    if not isinstance(function, OpOverload):
-        return function
     name = function._schema.name.partition("::")[2]
     builtin = getattr(torch, name, None)
     if isinstance(builtin, types.BuiltinFunctionType):

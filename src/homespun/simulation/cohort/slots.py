@@ -21,7 +21,7 @@ class Dense:
     """Every client's own parameter, stacked: [m, *shape]."""
 
     def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
-        self.shape, self.clients, self.active = shape, clients, clients
+        self.shape, self.clients = shape, clients
         self.stack = like.new_empty(clients, *shape)
         if len(shape) == 4:  # convolution on a CPU is fastest with channels last
             flat = like.new_empty(clients * shape[0], *shape[1:])
@@ -30,35 +30,38 @@ class Dense:
         self.velocity: Tensor | None = None
         self._leaf: Tensor | None = None
         self._places = torch.arange(clients, device=like.device)[:, None]
+        self.narrow(clients)
         self._forget()
 
     def begin(self, start: Tensor, plain: bool) -> None:
         """Every client at `start`: [n] or [m, n], flat."""
         self.stack.copy_(start.reshape(-1, *self.shape))
         self.velocity = None
-        self.active = self.clients
+        self.narrow(self.clients)
         self._forget()
+
+    def narrow(self, active: int) -> None:
+        """The steps that follow are of the first `active` clients; `here` [a, *shape] is theirs."""
+        self.active = active
+        self.here = self.stack if active == self.clients else self.stack[:active]
 
     def tensors(self) -> list[Tensor]:
         """All that a step sees of the parameter."""
-        return [self._mine()]
+        return [self.here]
 
     def bind(self, tensors: Iterator[Tensor]) -> None:
         """Be the parameter that a step sees in `tensors`."""
-        self.stack = next(tensors)
+        self.stack = self.here = next(tensors)
 
     def example(self, parameter: Tensor, noise: torch.Generator) -> list[Tensor]:
         """`tensors()` near a parameter."""
         drawn = torch.randn((self.clients, *self.shape), generator=noise).to(parameter)
         return [parameter * (1 + drawn / 8)]
 
-    def _mine(self) -> Tensor:
-        return self.stack if self.active == self.clients else self.stack[: self.active]
-
     def now(self) -> Tensor:
         """[a, *shape], for any differentiable operation; its gradient is taken from `.grad`."""
         if self._leaf is None:
-            self._leaf = self._mine().detach().requires_grad_()
+            self._leaf = self.here.detach().requires_grad_()
         return self._leaf
 
     def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
@@ -68,16 +71,16 @@ class Dense:
             if bias is None:
                 return torch.mm(rows[0], matrix)[None]
             return torch.addmm(bias.stack[0], rows[0], matrix)[None]
-        matrix = self._mine() if flip else self._mine().transpose(1, 2)
+        matrix = self.here if flip else self.here.transpose(1, 2)
         if bias is None:
             return torch.bmm(rows, matrix)
-        return torch.baddbmm(bias._mine().unsqueeze(1), rows, matrix)
+        return torch.baddbmm(bias.here.unsqueeze(1), rows, matrix)
 
     def lookup(self, index: Tensor) -> Tensor:
         """[a, R] -> [a, R, i]: rows of the parameter."""
         if self.clients == 1:
             return torch.nn.functional.embedding(index, self.stack[0])
-        return self.stack[self._places[: self.active], index]
+        return self.here[self._places[: self.active], index]
 
     def record(self, kind: str, *tensors: Tensor) -> None:
         """`kind`: pairs, rows or dense, as above."""
@@ -99,22 +102,20 @@ class Dense:
 
     def gradient(self) -> Tensor:
         """[a, *shape]: all that was recorded, in one tensor."""
-        gradient = torch.zeros_like(self._mine())
+        gradient = torch.zeros_like(self.here)
         self._add_recorded(gradient, beta=1.0, alpha=1.0)
         return gradient
 
     def descend(self, rate: float, shrink: float, drift: Tensor | None) -> None:
         """W <- shrink * W - rate * gradient + drift, without a gradient in memory where that is possible."""
-        target = self._mine()
+        target = self.here
         self._add_recorded(target, beta=shrink, alpha=-rate)
         if drift is not None:
             target.add_(drift.reshape(-1, *self.shape)[: self.active])
 
     def _add_recorded(self, target: Tensor, beta: float, alpha: float) -> None:
         recorded = self.taken()
-        pairs = [
-            (left, right) for kind, (left, *rest) in recorded if kind == "pairs" for right in rest
-        ]
+        pairs = [tensors for kind, tensors in recorded if kind == "pairs"]
         if beta != 1.0 and not pairs:
             target.mul_(beta)
         if pairs:
@@ -185,6 +186,10 @@ class Factored:
         self._steps = torch.zeros(self.clients, dtype=torch.int64, device=start.device)
         self.active = self.clients
 
+    def narrow(self, active: int) -> None:
+        """The steps that follow are of the first `active` clients."""
+        self.active = active
+
     def tensors(self) -> list[Tensor]:
         """All that a step sees of the parameter, W_0 first."""
         left, right = (part[: self.active, : self._used] for part in (self._left, self._right))
@@ -220,7 +225,7 @@ class Factored:
             met, given = (left, right) if flip else (right, left)
             result.baddbmm_(torch.bmm(rows, met.transpose(1, 2)), given)
         if bias is not None:
-            result.add_(bias.stack[: self.active].unsqueeze(1))
+            result.add_(bias.here.unsqueeze(1))
         return result
 
     def record(self, kind: str, *tensors: Tensor) -> None:
@@ -278,8 +283,8 @@ class Factored:
         return (self.base.new_tensor(self._keep) - 1)[self._steps]
 
 
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(pairs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Several products as one: the matrix is then read and written once."""
     if len(pairs) == 1:
         return pairs[0]
-    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1)
+    return tuple(torch.cat(sides, 1) for sides in zip(*pairs, strict=True))
