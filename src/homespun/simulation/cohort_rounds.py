@@ -129,11 +129,12 @@ class CohortRounds:
         Who trains the first shard of a run measures what is fastest, and all others go by it: the same bits whoever
         they are, and after a resume.
         """
-        total = ShardSum()
+        done: list[ShardSum] = []
         if not order.choices:
-            total.add(self.pool.run(order, shards[:1])[0])
-            order, shards = replace(order, choices=total.choices), shards[1:]
-        for part in self.pool.run(order, shards) if shards else []:
+            done = self.pool.run(order, shards[:1])
+            order, shards = replace(order, choices=done[0].choices), shards[1:]
+        total, *others = done + (self.pool.run(order, shards) if shards else [])
+        for part in others:
             total.add(part)
         return total
 

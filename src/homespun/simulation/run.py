@@ -152,6 +152,8 @@ class Run(Generic[S]):
 
     def _check_metrics(self, records: Sequence[RoundRecord]) -> None:
         """A metric that is waited for and never measured would be waited for in vain."""
+        if not (self.early_stopping or self.target):
+            return
         seen = [r.evaluation if self.evaluated else {"loss": 0, **r.metrics} for r in records]
         known = next((values for values in seen if values), None)
         for rule in (self.early_stopping, self.target):

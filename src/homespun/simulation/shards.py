@@ -180,6 +180,8 @@ class Pool(Protocol):
 def split(cohort: Clients, rows: npt.NDArray[np.int64], num_shards: int) -> list[Clients]:
     """The shards of a cohort, in order, of about as many rows each. `rows` [len(cohort)]: of its clients."""
     count = max(num_shards, -(-len(cohort) // SHARD_CLIENTS))
+    if count == 1:
+        return [cohort]
     ends = np.cumsum(rows)
     middles = ends - rows / 2
     cuts = np.searchsorted(middles, ends[-1] * np.arange(1, count) / count)

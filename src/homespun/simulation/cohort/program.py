@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -218,14 +218,18 @@ class _Writer:
         for place, (one, other) in enumerate(zip(call.results, twin.results, strict=True)):
             name = f"v{len(self._lines)}_{place}"
             if one is None or other is None:
-                made.append(_Value(name, None, True, name))
+                made.append(_Value(name, None, early, name))
                 continue
             width = _width(one, other)
             # Clients of several steps are told apart by their places along the first axis only.
             axis = width != 0 if width is not None else all(v.width is None for v in given)
             root = given[0].root if given and view else name
-            made.append(_Value(name, width, early and axis, root, one.numel() * one.itemsize))
-            self._enter(one, other, made[-1])
+            early = early and axis
+            made.append(_Value(name, width, early, root, one.numel() * one.itemsize))
+        made = [replace(value, early=early) for value in made]
+        for value, one, other in zip(made, call.results, twin.results, strict=True):
+            if one is not None and other is not None:
+                self._enter(one, other, value)
         names = ", ".join(value.name for value in made) + "," * call.several
         text = f"{names} = {self._constant(_fastest(call.function))}({', '.join(arguments)})"
         uses = frozenset(value.name for value in given)

@@ -166,8 +166,8 @@ class Factored:
     """Plain SGD without any client's own matrix: W_c = keep * W_0 + sum over its history of left^T right.
 
     For a linear layer every gradient is a product of two thin matrices, so that a client's layer after k steps is the
-    shared W_0 and k pairs. Products with W_0 are one matrix product for the whole cohort; the mean update is one per
-    step. Exact, also with weight decay and a proximal term towards W_0: both only scale W_0 and the history.
+    shared W_0 and k pairs. Products with W_0 are one matrix product for the whole cohort, and so is the mean update.
+    Exact, also with weight decay and a proximal term towards W_0: both only scale W_0 and the history.
     """
 
     def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
@@ -175,14 +175,13 @@ class Factored:
         self.plain = True
         self._keep: list[float | Tensor] = [1.0]
         self._left, self._right = (like.new_empty(clients, 0, size) for size in shape)
-        self._parts: list[tuple[int, int, int]] = []
         self._used = 0
         self._recorded: list[tuple[str, tuple[Tensor, ...]]] = []
 
     def begin(self, start: Tensor, plain: bool) -> None:
         """W_0, flat [n]; `plain`: steps add to it and never scale it."""
         self.base, self.plain = start.view(self.shape), plain
-        self._keep, self._parts, self._recorded, self._used = [1.0], [], [], 0
+        self._keep, self._recorded, self._used = [1.0], [], 0
         self._steps = torch.zeros(self.clients, dtype=torch.int64, device=start.device)
         self.active = self.clients
 
@@ -250,26 +249,25 @@ class Factored:
             self._left[active:, self._used : end].zero_()
             self._right[:active, self._used : end] = right
             self._right[active:, self._used : end].zero_()
-            self._parts.append((self._used, end, active))
             self._used = end
         self._keep.append(shrink * self._keep[-1] + pull)
         self._steps[:active] += 1
 
     def _reserve(self, rows: int) -> None:
+        """Room for so many, and no more: what is packed needs no copy for the mean. It stays for the next rounds."""
         if rows <= self._left.shape[1]:
             return
         for name in ("_left", "_right"):
             old: Tensor = getattr(self, name)
-            new = old.new_empty(self.clients, max(rows, 2 * old.shape[1]), old.shape[2])
+            new = old.new_empty(self.clients, rows, old.shape[2])
             new[:, : self._used] = old[:, : self._used]
             setattr(self, name, new)
 
     def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
         target = total.view(self.shape)
-        for begin, end, active in self._parts:
-            left = self._left[:active, begin:end] * weights[:active, None, None]
-            right = self._right[:active, begin:end].reshape(-1, self.shape[1])
-            target.addmm_(left.reshape(-1, self.shape[0]).t(), right)
+        left, right = self._left[:, : self._used], self._right[:, : self._used]
+        left = (left * weights[:, None, None]).reshape(-1, self.shape[0])
+        target.addmm_(left.t(), right.reshape(-1, self.shape[1]))
         if not self.plain:
             target.add_(self.base * (weights @ self._kept()))
 
