@@ -10,7 +10,7 @@ from torch import Tensor
 
 class _CrossEntropy(torch.autograd.Function):
     """Cross entropy per row with the gradient (softmax - one-hot) * g, two passes over the logits fewer
-    than the derivative of log-softmax and gather needs."""
+    than the derivative of log-softmax and gather needs, in the memory of what the forward pass kept: so once only."""
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,13 +20,16 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(inputs[1], output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         target, log_probabilities = ctx.saved_tensors
         scale = grads[0][:, None]
-        scaled = torch.exp(log_probabilities) * scale
-        return scaled.scatter_add(-1, target[:, None], -scale), None
+        # In place: with a large vocabulary, new memory of the size of the logits costs as much as a product.
+        gradient = log_probabilities.exp_().mul_(scale)
+        return gradient.scatter_add_(-1, target[:, None], -scale), None
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

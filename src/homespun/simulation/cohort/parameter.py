@@ -67,7 +67,7 @@ def _alone(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> An
             slot = value.slot
             if slot.clients != 1 or isinstance(slot, Factored):
                 raise Unsupported(f"{getattr(func, '__name__', func)} with a parameter")
-            tensor = slot.now()[0]
+            tensor = slot.only()
             return tensor.t() if value.flipped else tensor
         if isinstance(value, (list, tuple)):
             return type(value)(plain(each) for each in value)

@@ -64,6 +64,12 @@ class Dense:
             self._leaf = self.here.detach().requires_grad_()
         return self._leaf
 
+    def only(self) -> Tensor:
+        """[*shape], of a chunk of one client; as `now`, but its gradient has no passage through the stack."""
+        if self._leaf is None:
+            self._leaf = self.stack[0].requires_grad_()
+        return self._leaf
+
     def product(self, rows: Tensor, flip: bool, bias: Dense | None = None) -> Tensor:
         """[a, R, i] -> rows @ W^T + bias, [a, R, o]; flipped: [a, R, o] -> rows @ W + bias."""
         if self.clients == 1:
