@@ -29,7 +29,7 @@ class Eager:
         self._leaves = list(self._module.parameters())
         for leaf in self._leaves:
             if leaf.dim() == 4 and not leaf.is_cuda:
-                # Convolutions then give channels last: with channels first, pooling on a CPU takes several times longer.
+                # Results then have channels last, too: with channels first, pooling on a CPU takes many times longer.
                 leaf.data = leaf.data.contiguous(memory_format=torch.channels_last)
         # The same memory, outside of autograd: a client's steps and the next one's start change it in place.
         self._weights = [leaf.detach() for leaf in self._leaves]

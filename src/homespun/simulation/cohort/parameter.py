@@ -140,8 +140,7 @@ class _Convolution(torch.autograd.Function):
             torch.conv2d(part, kernel, offset, *options)
             for part, kernel, offset in zip(parts, kernels, offsets, strict=True)
         ]
-        # With one input channel the results come with channels first, where pooling is several times slower.
-        return torch.cat(results).contiguous(memory_format=torch.channels_last)
+        return _together(results).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,7 +159,48 @@ class _Convolution(torch.autograd.Function):
             bias.record(
                 "dense", grads[0].reshape(len(parts), -1, *grads[0].shape[1:]).sum((1, 3, 4))
             )
-        return torch.cat(backs) if mask[0] else None, None, None, None, None
+        return _together(backs) if mask[0] else None, None, None, None, None
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _OneChannel(torch.autograd.Function):
+    """A convolution of data with one channel, as products with their patches.
+
+    One product for all clients, whose results have channels last. Convolution itself takes such data for channels
+    first, and several times longer together with the change of layout.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, token: Tensor, weight: Any, bias: Any, stride: Any, padding: Any
+    ) -> Tensor:
+        active, (channels, _, high, wide) = weight.active, weight.shape
+        padded = functional.pad(rows, (padding[1], padding[1], padding[0], padding[0]))
+        windows = padded[:, 0].unfold(1, high, stride[0]).unfold(2, wide, stride[1])
+        shape = windows.shape[:3]  # rows and columns of the result
+        grouped = windows.reshape(active, -1, *windows.shape[1:])
+        patches = grouped.permute(0, 4, 5, 1, 2, 3).reshape(active, high * wide, -1)
+        ctx.given = patches, weight, bias
+        kernels = weight.stack[:active].reshape(active, channels, -1).transpose(1, 2)
+        result = torch.bmm(patches.transpose(1, 2), kernels)
+        if bias is not None:
+            result += bias.stack[:active, None]
+        return result.view(*shape, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        patches, weight, bias = ctx.given
+        ctx.given = None
+        active = weight.active
+        gradient = grads[0].permute(0, 2, 3, 1).reshape(active, -1, weight.shape[0])
+        own = torch.bmm(patches, gradient).transpose(1, 2)
+        weight.record("dense", own.reshape(active, *weight.shape))
+        if bias is not None:
+            bias.record("dense", gradient.sum(1))
+        return None, None, None, None, None, None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
@@ -228,15 +268,13 @@ def _conv2d(
 ) -> Any:
     if not isinstance(weight, CohortParameter) or input.dim() != 4:
         return NotImplemented
-    rows = input.contiguous(memory_format=torch.channels_last)
-    if weight.slot.clients == 1:
-        arguments = (rows, weight, bias, stride, padding, dilation, groups)
-        result: Tensor = _alone(torch.conv2d, arguments, {})
-        return result.contiguous(memory_format=torch.channels_last)
     if isinstance(padding, str) or (bias is not None and not isinstance(bias, CohortParameter)):
         return NotImplemented
     pairs = tuple((n, n) if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation))
     own = bias.slot if isinstance(bias, CohortParameter) else None
+    if weight.shape[1] == groups == 1 and pairs[2] == (1, 1) and not input.requires_grad:
+        return _OneChannel.apply(input, weight.token, weight.slot, own, *pairs[:2])  # type: ignore[no-untyped-call]
+    rows = input.contiguous(memory_format=torch.channels_last)
     options = (*pairs, groups)
     return _Convolution.apply(rows, weight.token, weight.slot, own, options)  # type: ignore[no-untyped-call]
 
