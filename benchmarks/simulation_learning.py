@@ -41,6 +41,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES, RUNS = ROOT / "examples", ROOT / ".dev" / "bench" / "learning"
 QUICK_ROUNDS, QUICK_CLIENTS = 3, 20
 OURS = "homespun"
+CHECKPOINTS = 5
+"""The mean of so many is what is judged: constant rates of learning leave noise in every single one."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,14 @@ class Trial:
         found: tuple[Arena, Arena, Arena] = self.module.split(**self.config.data.settings)
         return found
 
-    def measured(self, test: Arena) -> dict[str, float]:
-        """Loss and metrics of the last model."""
+    def measured(self, test: Arena, count: int) -> dict[str, float]:
+        """Loss and metrics of the mean of the last `count` checkpoints."""
         task = self.module.task(**self.config.task.settings)
         checkpoints = Checkpoints(self.directory / "checkpoints")
-        model = checkpoints.load(checkpoints.rounds()[-1]).model
+        models = [checkpoints.load(number).model for number in checkpoints.rounds()[-count:]]
         names = [name for name, _ in task.model.named_parameters()]
-        flat = torch.cat([torch.from_numpy(np.array(model[name])).reshape(-1) for name in names])
-        sums = CohortEngine(task, test).evaluate(flat)
+        mean = [np.mean([model[name] for model in models], 0).reshape(-1) for name in names]
+        sums = CohortEngine(task, test).evaluate(torch.from_numpy(np.concatenate(mean)))
         return {name: value.mean for name, value in sums.items()}
 
     def curve(self) -> list[tuple[int, dict[str, float]]]:
@@ -151,7 +153,8 @@ def figures(trial: Trial, quick: bool) -> Iterator[tuple[str, Mapping[str, float
     training, _, test = trial.split()
     if quick:
         test = test.subset(range(min(test.num_clients, QUICK_CLIENTS)))
-    yield OURS, trial.measured(test)
+    yield OURS, trial.measured(test, CHECKPOINTS)
+    yield "its last model", trial.measured(test, 1)
     if trial.name != "digits":
         counted = Trigram(streams(training))
         for side, tokens in (("trigram", 2), ("bigram", 1), ("commonest words", 0)):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample, relu
 
 from homespun import Arena, Task
 from homespun.errors import InvalidConfig
@@ -20,7 +20,6 @@ from homespun.plan.manifest import ClientOptimizer
 from homespun.rng import unit_interval
 from homespun.simulation.datasets import Column, from_parquet
 from homespun.types import AnyArray
-from homespun.zoo.models import Digits
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -31,18 +30,43 @@ def top1(logits: Tensor, batch: Batch) -> Tensor:
     return in_top(logits, batch["y"], 1)
 
 
+class Strided(nn.Module):
+    """uint8 images, scaled to float32 [B, 28, 28] in 0..1 -> logits [B, 10]. 171,158 parameters.
+
+    The convolutions step over every other pixel, where the zoo's network computes them all and then takes the largest
+    of four: a third of its time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 5, stride=2, padding=2)
+        self.second = nn.Conv2d(16, 32, 5, stride=2, padding=2)
+        self.hidden = nn.Linear(32 * 7 * 7, 100)
+        self.output = nn.Linear(100, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = relu(self.second(relu(self.first(images.unsqueeze(1)))))
+        result: Tensor = self.output(relu(self.hidden(x.flatten(1))))
+        return result
+
+
 def task(
-    learning_rate: float = 0.1, momentum: float = 0.0, batch_size: int = 10, local_epochs: int = 1
+    learning_rate: float = 0.1,
+    momentum: float = 0.0,
+    batch_size: int = 10,
+    local_epochs: int = 1,
+    max_rows: int = 200,
 ) -> Task:
-    """The zoo's convolutional network of 52,180 parameters."""
+    """`max_rows`: of a writer's images and their copies, others in each round."""
     torch.manual_seed(0)
     return Task(
-        model=Digits(),
+        model=Strided(),
         loss=loss,
         metrics={"top1": top1},
         optimizer=ClientOptimizer(learning_rate=learning_rate, momentum=momentum),
         batch_size=batch_size,
         local_epochs=local_epochs,
+        max_rows=max_rows,
         scales={"x": 1 / 255},
     )
 

@@ -20,7 +20,8 @@ class Curve:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, five digits each."""
-        return _rounded(asdict(self))
+        rounded: dict[str, Any] = _rounded(asdict(self))
+        return rounded
 
 
 def _rounded(value: Any) -> Any:

@@ -108,11 +108,11 @@ def test_a_case_is_trained_and_measured_on_people_it_never_saw(tmp_path, monkeyp
     assert all(names)
     curve = trial.curve()
     assert [number for number, _ in curve] == [3, 6]
-    assert trial.measured(validation) == pytest.approx(curve[-1][1], rel=1e-5)
+    assert trial.measured(validation, 1) == pytest.approx(curve[-1][1], rel=1e-5)
 
     rows = learning.table("next_word", found)
     goal = next(row for row in rows if (row.case, row.side) == ("next_word top1", "goal"))
-    assert goal.raw == (pytest.approx(15.7),)
+    assert goal.raw == pytest.approx((15.7,))
 
 
 def test_what_only_people_of_the_test_say_is_no_word(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_choices(capsys: pytest.CaptureFixture[str]):
 
 
 def test_without_the_data_it_says_where_they_belong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learning.sys, "argv", ["simulation_learning", f"--data={tmp_path}"])
+    monkeypatch.setattr("sys.argv", ["simulation_learning", f"--data={tmp_path}"])
     assert learning.main() == 1
     assert "text_ubuntu_irc.parquet; see benchmarks/README.md" in capsys.readouterr().err
 
