@@ -8,7 +8,7 @@ test, who took part in nothing before: not in training, not in the vocabulary, n
     --data FOLDER               where text_ubuntu_irc.parquet, text_shakespeare_pd.parquet and
                                 image_mnist_by_writer.parquet are; benchmarks/README.md says what they are
     --rounds 100                other than in the files; what is there already stays
-    --plot FILE.svg             the curves, and their figures beside it as FILE.json
+    --plot FILE.svg             the curves, and their figures beside it in FILE.json; other cases in there stay
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +153,6 @@ def figures(trial: Trial, quick: bool) -> Iterator[tuple[str, Mapping[str, float
     if quick:
         test = test.subset(range(min(test.num_clients, QUICK_CLIENTS)))
     yield OURS, trial.measured(test, CHECKPOINTS)
-    yield "its last model", trial.measured(test, 1)
     if trial.name != "digits":
         counted = Trigram(streams(training))
         for side, tokens in (("trigram", 2), ("bigram", 1), ("commonest words", 0)):
@@ -175,11 +173,23 @@ def table(name: str, found: Mapping[str, Mapping[str, float]]) -> list[Row]:
     ]
 
 
+def draw(path: Path, curves: Mapping[str, Curve]) -> None:
+    """The plot and its figures; cases that were not run now stay as they are there."""
+    kept = path.with_suffix(".json")
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    both = {name: Curve(**values) for name, values in before.items()} | dict(curves)
+    ordered = {name: both[name] for name in CASES if name in both}
+    plain = {name: curve.as_dict() for name, curve in ordered.items()}
+    lines = ",\n".join(f'"{name}": {json.dumps(curve)}' for name, curve in plain.items())
+    kept.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    path.write_text(plot(ordered), encoding="utf-8")
+
+
 def main() -> int:
     choices = parse_choices()
     torch.set_num_threads(1)
     result: list[Row] = []
-    curves: dict[str, Any] = {}
+    curves: dict[str, Curve] = {}
     for name in choices.cases:
         path = choices.data / CASES[name].file
         if not path.is_file():
@@ -192,9 +202,7 @@ def main() -> int:
         curves[name] = Curve(trial.curve(), found, CASES[name].goal)
     report(result, choices)
     if choices.plot:
-        choices.plot.write_text(plot(curves), encoding="utf-8")
-        kept = {name: curve.as_dict() for name, curve in curves.items()}
-        choices.plot.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+        draw(choices.plot, curves)
     missed = [
         f"{name} {metric}"
         for name, curve in curves.items()

@@ -203,3 +203,18 @@ def test_the_plot_shows_runs_goals_and_what_was_reached():
     assert "top1, goal 98.5 %" in said
     assert "top3, trigram 95.0 %" in said
     assert words.as_dict()["points"][1] == [20, {"top1": 0.97, "top3": 0.99}]
+
+
+def test_cases_that_were_not_run_stay_in_the_plot(tmp_path):
+    points = [(10, {"top1": 0.9}), (20, {"top1": 0.97})]
+    curves = {
+        name: Curve(points[:rounds], {"homespun": points[0][1]}, {"top1": 0.9})
+        for name, rounds in (("digits", 1), ("next_word", 2))
+    }
+    path = tmp_path / "learning.svg"
+    learning.draw(path, {"digits": curves["digits"]})
+    learning.draw(path, {"next_word": curves["next_word"]})
+    kept = json.loads(path.with_suffix(".json").read_text())
+    assert list(kept) == ["next_word", "digits"]
+    assert kept["digits"]["points"] == [[10, {"top1": 0.9}]]
+    assert len(ElementTree.fromstring(path.read_text()).findall("{*}polyline")) == 2
