@@ -114,6 +114,7 @@ def in_cohorts(made: Task, on: Arena, strategy: str) -> tuple[np.ndarray, list[f
             engine=CohortEngine(made, on, strategy=strategy), method=built, batches=drawn,
             adding=adding,
         ),
+        split=lambda clients: [clients],
         adding=adding,
         shapes=[(n, tuple(p.shape)) for n, p in made.model.named_parameters()],
         own=checkpoint_of(made.model),
