@@ -86,12 +86,13 @@ class Branching(nn.Module):
         return self.only(x) if x.sum() < 1e9 else x
 
 
+@pytest.mark.parametrize("strategy", ["sequential", "stacked"])
 @pytest.mark.parametrize(("model", "is_recorded"), [(Perceptron, True), (Branching, False)])
-def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(model, is_recorded):
+def test_a_model_that_cannot_be_recorded_is_trained_all_the_same(model, is_recorded, strategy):
     data, given = arena(), task(model())
     engines = [
         CohortEngine(given, data, dtype=torch.float64, strategy=name, chunk=3)
-        for name in ("reference", "stacked")
+        for name in ("reference", strategy)
     ]
     results = [
         engine.train(engine.initial(), batches(data), LocalRule())[0].update for engine in engines

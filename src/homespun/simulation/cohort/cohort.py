@@ -1,8 +1,8 @@
 """The cohort strategy: the author's unchanged module runs once per lockstep step, for all clients of a chunk.
 
 A chunk of one client is the fused sequential step; a chunk of many uses batched products (`Dense`) or, for chosen
-parameters under plain SGD, products with the shared model (`Factored`). The step of a chunk of many is recorded, if
-it can be, as a `Program`, so that its cost in Python is that of its tensor operations.
+parameters under plain SGD, products with the shared model (`Factored`). A step is recorded, if it can be, as a
+`Program`, so that its cost in Python is that of its tensor operations.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from homespun.simulation.cohort.gather import Block, Step
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals, client_sums
 from homespun.simulation.cohort.parameter import CohortParameter, Unsupported
-from homespun.simulation.cohort.program import Program, record
+from homespun.simulation.cohort.program import MANY, Program, record
 from homespun.simulation.cohort.slots import Dense, Factored
 
 SHARED_BYTES = 64 * 2**20
 """What a program shares is computed for all steps of a block at once if it is no larger."""
+RECORDED_BYTES = 2**28
+"""Larger parameters are not copied for a recording: what Python costs is nothing beside their arithmetic."""
 Slots = dict[str, Dense | Factored]
 
 
@@ -102,9 +104,7 @@ class Cohort:
 
     def _replayed(self, step: Step, names: tuple[str, ...], plain: bool) -> list[Tensor] | None:
         """What `_measured` gives and does, by the recorded program; None where there is none."""
-        if self._clients == 1:
-            return None
-        key = (self.factored, len(step.weight) // step.active, names, plain)
+        key = (self._clients == 1, self.factored, len(step.weight) // step.active, names, plain)
         if key not in self._programs:
             self._programs[key] = self._recorded(step, names, plain)
         recorded = self._programs[key]
@@ -134,6 +134,12 @@ class Cohort:
 
     def _recorded(self, step: Step, names: tuple[str, ...], plain: bool) -> _Recorded | None:
         """The step as a program, made of this step's rows; None if it cannot be one."""
+        alone = self._clients == 1
+        stacked = [
+            shape.numel() for n, shape in self.objective.shapes.items() if n not in self.factored
+        ]
+        if (1 if alone else MANY) * sum(stacked) * self._like.element_size() > RECORDED_BYTES:
+            return None
         size = len(step.weight) // step.active
         rows = [*step.batch.values(), step.weight]
         records: list[tuple[str, str, int]] = []
@@ -178,7 +184,9 @@ class Cohort:
                 fixed.add(place)
             place += len(slot.example(torch.empty(slot.shape), torch.Generator()))
         try:
-            return _Recorded(record(function, arguments, len(rows), fixed), records)
+            return _Recorded(
+                record(function, arguments, len(rows), fixed, self._clients == 1), records
+            )
         except Exception:  # noqa: BLE001  whatever it is that cannot be recorded, the module itself can still run
             return None
         finally:

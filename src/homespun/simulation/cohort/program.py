@@ -58,19 +58,25 @@ class Program:
 
 
 def record(
-    function: Function, arguments: Callable[[int], list[Tensor]], num_rows: int, fixed: set[int]
+    function: Function,
+    arguments: Callable[[int], list[Tensor]],
+    num_rows: int,
+    fixed: set[int],
+    alone: bool = False,
 ) -> Program:
     """`arguments(n)`: examples for n clients. The first `num_rows` are rows, one client's after another's; those at
-    the positions `fixed` are the same for all clients and steps.
+    the positions `fixed` are the same for all clients and steps. `alone`: there is never more than one client, and no
+    rows to share.
 
     Raises `Unrecordable`.
     """
-    few, many = (_Recording.of(function, arguments(n)) for n in (FEW, MANY))
-    program = _Writer(few, many, num_rows, fixed).program()
-    steps = [arguments(n) for n in CHECKED]
+    few, many = (_Recording.of(function, arguments(n)) for n in ((1, 1) if alone else (FEW, MANY)))
+    program = _Writer(few, many, 0 if alone else num_rows, fixed).program()
+    counts = (1, 1) if alone else CHECKED
+    steps = [arguments(n) for n in counts]
     together = [torch.cat(rows) for rows in list(zip(*steps, strict=True))[:num_rows]]
-    shared = program.shared(sum(CHECKED), *together, *steps[0][num_rows:])
-    for n, given, part in zip(CHECKED, steps, program.parts(shared, CHECKED), strict=True):
+    shared = program.shared(sum(counts), *together, *steps[0][num_rows:])
+    for n, given, part in zip(counts, steps, program.parts(shared, counts), strict=True):
         expected = function(*given)
         for one, other in zip(program.each(n, *given, *part), expected, strict=True):
             if not _close(one, other):

@@ -56,7 +56,7 @@ class Dense:
     def example(self, parameter: Tensor, noise: torch.Generator) -> list[Tensor]:
         """`tensors()` near a parameter."""
         drawn = torch.randn((self.clients, *self.shape), generator=noise).to(parameter)
-        return [parameter * (1 + drawn / 8)]
+        return [drawn.div_(8).add_(1).mul_(parameter)]
 
     def now(self) -> Tensor:
         """[a, *shape], for any differentiable operation; its gradient is taken from `.grad`."""
