@@ -188,6 +188,29 @@ def test_nobody_begins_while_nobody_is_available():
         never.step(1)
 
 
+def test_everybody_begins_when_it_is_available():
+    slots = np.array([[True, False], [False, True]] * 10)
+    lengths = np.linspace(2.6, 3.4, 20)
+    ticking = clock(lengths, size=1, concurrency=6, availability=Traces(slots))
+    for number in range(1, 200):
+        step = ticking.step(number)
+        (start,) = step.members
+        began = step.time - lengths[start.client] + 1e-9
+        assert start.client % 2 == int(began // 10) % 2
+
+
+def test_who_is_lost_holds_a_place_and_reports_nothing():
+    lost = np.array([1.0, 0.0] * 10)
+    times = []
+    for chances in (lost, np.zeros(20)):
+        ticking = clock([5.0] * 20, size=2, concurrency=4, drop_out=chances)
+        steps = [ticking.step(number) for number in range(1, 80)]
+        seen = {start.client for step in steps for start in step.members}
+        assert seen == set(np.flatnonzero(chances < 1).tolist())
+        times.append(steps[-1].time)
+    assert 1.5 < times[0] / times[1] < 2.5  # half of the places bring nothing
+
+
 def test_durations_are_what_they_say():
     clients = np.arange(20_000)
     drawn = Durations(seconds=10.0, per_example=2.0, spread=0.5, jitter=0.2)
