@@ -39,16 +39,18 @@ OPTIMIZERS = {
 
 
 class Small(nn.Module):
-    """A convolution and a layer: float32 [B, 6, 6] -> [B, 3]."""
+    """A convolution and two layers, one of them worth factoring: float32 [B, 6, 6] -> [B, 3]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.filters = nn.Conv2d(1, 4, 3)
-        self.output = nn.Linear(64, 3)
+        self.wide = nn.Linear(64, 160)
+        self.output = nn.Linear(160, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.output(torch.tanh(self.filters(x.unsqueeze(1))).flatten(1))
-        return hidden
+        filtered = torch.tanh(self.filters(x.unsqueeze(1))).flatten(1)
+        result: torch.Tensor = self.output(torch.tanh(self.wide(filtered)))
+        return result
 
 
 def clients() -> Arena:
