@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import socket
 import sys
 from functools import partial
 
@@ -39,7 +41,9 @@ def test_actors_train_shards_on_rows_that_are_mapped_and_tell_failures(pool):
         assert part.numbers == {"a": 1.0, "b": 1.0, "sum": 4.0 * (ROWS - 1)}
 
 
-def test_a_simulation_gives_the_bits_of_one_process_although_an_actor_is_killed(pool, tmp_path):
+def test_a_simulation_gives_the_bits_of_one_process_although_an_actor_is_killed(
+    pool, tmp_path, monkeypatch
+):
     def run(made, workers, cluster):
         result = homespun.simulate(
             made,
@@ -61,7 +65,12 @@ def test_a_simulation_gives_the_bits_of_one_process_although_an_actor_is_killed(
     here = run(task(), 0, None)
     assert run(partial(deadly_task, str(mark)), 2, HALF) == here
     assert mark.exists()
-    assert run(task(), 1, HALF) == here
+    # One worker, and a task in a module that only this process's path has.
+    (tmp_path / "beside_the_file.py").write_text(
+        "from tests.unit import simulated\ndef task(): return simulated.task()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(importlib.import_module("beside_the_file").task, 1, HALF) == here
 
 
 def test_a_cluster_that_is_too_small_is_refused(pool):
@@ -83,12 +92,12 @@ def test_gpus_are_taken_where_the_device_is_one():
 
 
 def test_without_ray_or_its_cluster_there_is_a_hint(monkeypatch):
-    class Nowhere:
-        def init(self, address, **words):
-            raise ConnectionError("nobody answers")
-
-    with pytest.raises(Unreachable, match="nobody answers"):
-        module._connect(Nowhere(), "10.0.0.1:6379")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ray = module._imported()
+    for address in (f"127.0.0.1:{port}", "ray://127.0.0.1:x"):
+        with pytest.raises(Unreachable, match=f"no Ray cluster at '{address}'"):
+            module._connect(ray, address)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InvalidConfig, match="Ray is not installed") as caught:
         module._imported()

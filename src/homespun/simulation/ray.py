@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,9 @@ import torch
 from homespun.errors import InvalidConfig, Unreachable
 from homespun.simulation.shards import Order, Shard, ShardSum
 from homespun.simulation.workers import Lost, Makes, Packed, Training, Workers, plain
+
+ANSWER_SECONDS = 10.0
+"""So long may a cluster take to answer at its address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,11 @@ class Actors(Workers["_Actor"]):
             kind = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_Trainer)
             stored = self._ray.put(Packed.of(makes, self._ray.cloudpickle.dumps))
             threads = max(1, int(cluster.cpus))
-            actors = [_Actor(self._ray, lambda: kind.remote(stored, threads)) for _ in range(count)]
-            super().__init__(actors, work)
+
+            def make() -> Any:
+                return kind.remote(stored, threads, sys.path)
+
+            super().__init__([_Actor(self._ray, make) for _ in range(count)], work)
         except BaseException:
             self._disconnect()
             raise
@@ -124,8 +132,9 @@ class _Actor:
 class _Trainer:
     """The actor itself."""
 
-    def __init__(self, makes: Packed, threads: int) -> None:
+    def __init__(self, makes: Packed, threads: int, path: Sequence[str]) -> None:
         torch.set_num_threads(threads)
+        sys.path += [folder for folder in path if folder not in sys.path]  # tasks beside their file
         self._training = Training(makes.view)
 
     def ready(self) -> None:
@@ -153,9 +162,12 @@ def _imported() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if colon:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise Unreachable(
             f"there is no Ray cluster at {address!r}: {error}",
             hint="start it with `ray start --head`, or leave the address out to use this machine alone",
