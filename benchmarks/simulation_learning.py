@@ -2,7 +2,8 @@
 
 Each is trained with `homespun simulate examples/NAME.toml --resume` in .dev/bench/learning/NAME, so that a run that was
 cut off goes on. The curve is drawn with people set aside for it; the figures of the table are of all people of the
-test, who took part in nothing before: not in training, not in the vocabulary, not in any decision.
+test, who took part in nothing before: not in training, not in the vocabulary, not in any decision. What is judged is
+the mean of the checkpoints that a run keeps: at constant rates of learning every single model has noise.
 
     --cases next_word,digits    some of them
     --data FOLDER               where text_ubuntu_irc.parquet, text_shakespeare_pd.parquet and
@@ -40,8 +41,6 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES, RUNS = ROOT / "examples", ROOT / ".dev" / "bench" / "learning"
 QUICK_ROUNDS, QUICK_CLIENTS = 3, 20
 OURS = "homespun"
-CHECKPOINTS = 5
-"""The mean of so many is what is judged: constant rates of learning leave noise in every single one."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def figures(trial: Trial, quick: bool) -> Iterator[tuple[str, Mapping[str, float
     training, _, test = trial.split()
     if quick:
         test = test.subset(range(min(test.num_clients, QUICK_CLIENTS)))
-    yield OURS, trial.measured(test, CHECKPOINTS)
+    yield OURS, trial.measured(test, trial.config.simulation.keep)
     if trial.name != "digits":
         counted = Trigram(streams(training))
         for side, tokens in (("trigram", 2), ("bigram", 1), ("commonest words", 0)):
