@@ -360,7 +360,7 @@ def _reporting(draw: Participation | Cohort, data: Arena, number: int) -> Client
         clients = drawn.reporting if len(drawn.reporting) else drawn.clients[:1]
     else:
         clients = np.asarray(draw(number), np.int64)
-    clients = np.sort(clients[data.num_rows[clients] > 0])
+    clients = np.sort(clients[data.offsets[clients + 1] > data.offsets[clients]])
     if not len(clients):
         raise InvalidInput(
             f"round {number} has no client with rows",
