@@ -41,7 +41,7 @@ class Recurrent(nn.Module):
 class Convolutional(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 5, stride=2), nn.GroupNorm(2, 4)
+        self.first, self.norm = nn.Conv2d(1, 4, 5, stride=2, padding=(1, 1)), nn.GroupNorm(2, 4)
         self.output = nn.Linear(4 * 36, 3)
 
     def forward(self, x):

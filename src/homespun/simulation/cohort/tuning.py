@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ MOST_STEPS = 64
 """Of each client in a measurement: enough for the history of products to cost what it costs."""
 MOST_REPEATS, CERTAIN_SECONDS = 20, 0.2
 """Measured so often, for so long at most: what takes longer is measured once and cannot be noise."""
+PATIENCE_SECONDS = 5.0
+"""For larger chunks, where a round takes less."""
 HOPELESS = 1.3
 """A candidate that is so many times slower than the fastest is stopped in the middle of its measurement."""
 
@@ -81,7 +84,8 @@ class Tuning:
         return (Choice(strategy, size, names),) if self.proven(strategy, names) else ()
 
     def _measured(self, chunk: int | None) -> list[Choice]:
-        """Growing chunks of a strategy are tried while that helps."""
+        """Growing chunks of a strategy are tried while that helps, and no longer than a round would take."""
+        begin = time.perf_counter()
         fastest: dict[str, tuple[float, Choice]] = {}
         given_up: set[str] = set()
         for choice in self._candidates(chunk):
@@ -89,8 +93,11 @@ class Tuning:
             if name in given_up or not self.proven(name, choice.factored):
                 continue
             least = min((seconds for seconds, _ in fastest.values()), default=float("inf"))
-            seconds = self.seconds_per_step(choice, HOPELESS * least)
             before, _ = fastest.get(name, (float("inf"), choice))
+            patience = max(PATIENCE_SECONDS, least * int(self.batches.num_steps.sum()))
+            if name in fastest and time.perf_counter() - begin > patience:
+                continue
+            seconds = self.seconds_per_step(choice, min(HOPELESS * least, before))
             if not seconds < 0.9 * before:
                 given_up.add(name)
             if seconds < before:
@@ -145,31 +152,25 @@ class Tuning:
         return self._proven[strategy]
 
     def _agrees(self, strategy: str, factored: tuple[str, ...]) -> bool:
-        total = len(self.batches.clients)
-        few = _part(self.batches, np.unique([0, total // 2, total - 1]), steps=2, size=3)
-        count = len(few.clients)
-        exact = _exact(self.local)
-        objective = Objective(self.task, exact.model.device, torch.float64)
-        rows = Rows(self.arena, self.task.scales, exact.model.device, torch.float64)
-        chunk = 1 if strategy in ALONE else count
-        found = []
+        clients = len(self._small.few.clients)
+        chunk = 1 if strategy in ALONE else clients
         try:
-            for choice in (Choice("reference", chunk), Choice(strategy, chunk, factored)):
-                totals, parts = Totals(("loss",)), []
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)  # the same random numbers, should the model draw any
-                    trainer = build(objective, choice)
-                    for first in range(0, count, chunk):
-                        steps = rows.steps(few, first, first + chunk)
-                        parts.append(trainer.run(steps, exact, chunk, totals))
-                update = torch.cat([part for part in parts if part is not None])
-                found.append((update, totals.read()["loss"].sum))
+            update, loss = self._small.trained(Choice(strategy, chunk, factored))
         except Exception:  # noqa: BLE001  whatever the author's module raises here, the reference decides
             return False
-        (expected, expected_loss), (update, loss) = found
+        expected, expected_loss = self._small.told(chunk)
         size = expected.abs().max().item()
         close = torch.allclose(update, expected, rtol=1e-9, atol=1e-9 * size)
         return close and np.isclose(loss, expected_loss, rtol=1e-9).item()
+
+    @cached_property
+    def _small(self) -> _Small:
+        last = len(self.batches.clients) - 1
+        few = _part(self.batches, np.unique([0, last]), steps=2, size=3)
+        local = _exact(self.local)
+        objective = Objective(self.task, local.model.device, torch.float64)
+        rows = Rows(self.arena, self.task.scales, local.model.device, torch.float64)
+        return _Small(few, local, objective, rows)
 
     def seconds_per_step(self, choice: Choice, limit: float = float("inf")) -> float:
         """Seconds for one step of one client, the share of what a chunk costs once included; infinite as soon as they
@@ -207,6 +208,34 @@ class Tuning:
         first = max(len(self.batches.clients) - clients, 0) // 2
         chosen = np.arange(first, min(first + clients, len(self.batches.clients)))
         return _part(self.batches, chosen, steps, self.batches.rows.shape[2])
+
+
+@dataclass(frozen=True)
+class _Small:
+    """Two clients' first steps with a few rows each, in float64."""
+
+    few: Batches
+    local: Local
+    objective: Objective
+    rows: Rows
+    _told: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def told(self, chunk: int) -> tuple[Tensor, float]:
+        """What the reference makes of them. Its order, so many clients in lockstep, is that of the random numbers."""
+        if chunk not in self._told:
+            self._told[chunk] = self.trained(Choice("reference", chunk))
+        return self._told[chunk]
+
+    def trained(self, choice: Choice) -> tuple[Tensor, float]:
+        """Updates [m, d], and the sum of losses."""
+        trainer, totals, parts = build(self.objective, choice), Totals(("loss",)), []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same random numbers, should the model draw any
+            for first in range(0, len(self.few.clients), choice.chunk):
+                steps = self.rows.steps(self.few, first, first + choice.chunk)
+                parts.append(trainer.run(steps, self.local, choice.chunk, totals))
+        update = torch.cat([part for part in parts if part is not None])
+        return update, totals.read()["loss"].sum
 
 
 class _Counting(Cohort):
