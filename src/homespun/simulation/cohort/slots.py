@@ -151,17 +151,14 @@ class Dense:
     def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
         """`total` [n] += sum over clients of weights * (W - start)."""
         if self.clients == 1:
-            flat = self.stack[0].reshape(-1)
+            moved = self.stack[0].sub_(
+                start.view(self.shape)
+            )  # nobody needs the parameter any more
+            total.addcmul_(moved.reshape(-1), weights)
+        elif start.dim() == 1:
+            total.add_(weights @ self.stack.reshape(self.clients, -1)).sub_(weights.sum() * start)
         else:
-            flat = weights @ self.stack.reshape(self.clients, -1)
-            weights = weights.sum() if start.dim() == 1 else weights
-        if start.dim() == 1 or self.clients == 1:
-            if self.clients == 1:
-                total.addcmul_(flat - start.view(-1), weights)
-            else:
-                total.add_(flat).sub_(weights * start)
-        else:
-            total.add_(flat).sub_(weights @ start)
+            total.add_(weights @ self.stack.reshape(self.clients, -1)).sub_(weights @ start)
 
     def updates(self, start: Tensor) -> Tensor:
         """[m, n]"""
