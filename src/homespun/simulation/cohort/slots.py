@@ -151,9 +151,8 @@ class Dense:
     def add_mean(self, total: Tensor, start: Tensor, weights: Tensor) -> None:
         """`total` [n] += sum over clients of weights * (W - start)."""
         if self.clients == 1:
-            moved = self.stack[0].sub_(
-                start.view(self.shape)
-            )  # nobody needs the parameter any more
+            # In place: nobody needs the parameter any more.
+            moved = self.stack[0].sub_(start.view(self.shape))
             total.addcmul_(moved.reshape(-1), weights)
         elif start.dim() == 1:
             total.add_(weights @ self.stack.reshape(self.clients, -1)).sub_(weights.sum() * start)
