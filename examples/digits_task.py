@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, grid_sample, relu
+from torch.nn.functional import affine_grid, grid_sample, max_pool2d, relu
 
 from homespun import Arena, Task
 from homespun.errors import InvalidConfig
@@ -30,22 +30,19 @@ def top1(logits: Tensor, batch: Batch) -> Tensor:
     return in_top(logits, batch["y"], 1)
 
 
-class Strided(nn.Module):
-    """uint8 images, scaled to float32 [B, 28, 28] in 0..1 -> logits [B, 10]. 171,158 parameters.
-
-    The convolutions step over every other pixel, where the zoo's network computes them all and then takes the largest
-    of four: a third of its time.
-    """
+class Digits(nn.Module):
+    """uint8 images, scaled to float32 [B, 28, 28] in 0..1 -> logits [B, 10]. 80,202 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 16, 5, stride=2, padding=2)
-        self.second = nn.Conv2d(16, 32, 5, stride=2, padding=2)
-        self.hidden = nn.Linear(32 * 7 * 7, 100)
-        self.output = nn.Linear(100, 10)
+        self.first = nn.Conv2d(1, 16, 5)
+        self.second = nn.Conv2d(16, 32, 5)
+        self.hidden = nn.Linear(32 * 4 * 4, 128)
+        self.output = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = relu(self.second(relu(self.first(images.unsqueeze(1)))))
+        x = max_pool2d(relu(self.first(images.unsqueeze(1))), 2)
+        x = max_pool2d(relu(self.second(x)), 2)
         result: Tensor = self.output(relu(self.hidden(x.flatten(1))))
         return result
 
@@ -60,7 +57,7 @@ def task(
     """`max_rows`: of a writer's images and their copies, others in each round."""
     torch.manual_seed(0)
     return Task(
-        model=Strided(),
+        model=Digits(),
         loss=loss,
         metrics={"top1": top1},
         optimizer=ClientOptimizer(learning_rate=learning_rate, momentum=momentum),
