@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import msgspec
 import numpy as np
+import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
@@ -659,3 +660,13 @@ class Device:
             for path in self.home.root.rglob("*")
             if path.is_file() and not path.name.endswith(("-wal", "-shm", "-journal"))
         }
+
+
+def children() -> list[psutil.Process]:
+    """Of this process, without the fork server and the resource tracker that `multiprocessing` keeps once used."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() == psutil.STATUS_ZOMBIE
+        or not any("multiprocessing" in word for word in child.cmdline())
+    ]

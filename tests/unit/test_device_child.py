@@ -19,7 +19,15 @@ from homespun.protocol.eligibility import Policy
 from homespun.protocol.messages import ExampleQuery, TaskKind
 from homespun.protocol.session import SessionState as S
 from homespun.tensors.codec import digest, encode_tree
-from tests.unit.device_server import DIGITS, INITIAL, PUBLISHER, Device, FakeServer, images
+from tests.unit.device_server import (
+    DIGITS,
+    INITIAL,
+    PUBLISHER,
+    Device,
+    FakeServer,
+    children,
+    images,
+)
 
 LONG_EPOCHS = 300
 LONG = DIGITS.with_settings(local_epochs=LONG_EPOCHS, momentum=0.5).sign(PUBLISHER)
@@ -31,7 +39,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
     device = Device(tmp_path / "device", FakeServer(ManualClock()))
     yield device
     device.kill()
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 def job(
@@ -50,7 +58,7 @@ def never() -> bool:
 
 
 def the_child() -> psutil.Process:
-    (found,) = psutil.Process().children()
+    (found,) = children()
     return found
 
 

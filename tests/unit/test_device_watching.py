@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 
 from homespun.clock import ManualClock
@@ -28,7 +27,7 @@ from homespun.protocol.session import SessionState
 from homespun.rng import unit_interval
 from homespun.tensors.codec import encode_tree
 from homespun.types import Hash
-from tests.unit.device_server import DIGITS, INITIAL, Device, FakeServer
+from tests.unit.device_server import DIGITS, INITIAL, Device, FakeServer, children
 from tests.unit.test_device_models import FINE, NAN
 from tests.unit.test_device_secure import check_sum, report
 
@@ -354,7 +353,7 @@ def test_a_real_child_crashes_and_another_one_says_so(device: Device):
     is_first = iter((True, False))
 
     def kill() -> bool:
-        (started,) = psutil.Process().children()
+        (started,) = children()
         started.kill()
         return False
 
