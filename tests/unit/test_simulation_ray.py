@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import socket
 import sys
+import tempfile
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,15 +19,25 @@ from homespun.simulation.ray import Actors, Cluster
 from tests.unit.odd_trainers import FAILS, ROWS, Odd, half_mapped, order, shards
 from tests.unit.simulated import data, deadly_task, task
 
-HALF = Cluster(address="local", cpus=0.5)
+HALF = Cluster(cpus=0.5)
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of what Ray leaves open
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    """Holds the connection that all tests use."""
+    """Holds the connection that all tests use, where Ray remembers a cluster that is gone."""
     odd = Odd(str(tmp_path_factory.mktemp("marks")), half_mapped(tmp_path_factory.mktemp("arena")))
-    with Actors(odd, 1, HALF) as actors:
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        files = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        )
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", files)  # a short path: it holds sockets
+        remembered = Path(files, "ray", "ray_current_cluster")
+        remembered.parent.mkdir()
+        remembered.write_text("192.0.2.2:6391")
+        actors = stack.enter_context(Actors(odd, 1, HALF))
         yield actors
         actors.close()
         assert not actors._ray.is_initialized()

@@ -28,8 +28,8 @@ ANSWER_SECONDS = 10.0
 class Cluster:
     """Where workers run as actors of Ray.
 
-    `address`: of the cluster, as of `ray.init`; None: the one that Ray finds, else one of this machine alone. A
-    connection that is there already is used and left open. `cpus`, `gpus`: what each worker takes of its machine,
+    `address`: of the cluster, as of `ray.init`, which finds one for "auto"; None: RAY_ADDRESS, else one of this machine
+    alone. A connection that is there already is used and left open. `cpus`, `gpus`: what each worker takes of its machine,
     parts of one included; gpus None: one where the device is a GPU.
     """
 
@@ -162,7 +162,9 @@ def _imported() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    # Without an address Ray would look for whatever cluster was here last, and wait minutes for one that is gone.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:
         if colon:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
