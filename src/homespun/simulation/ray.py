@@ -29,8 +29,8 @@ class Cluster:
     """Where workers run as actors of Ray.
 
     `address`: of the cluster, as of `ray.init`, which finds one for "auto"; None: RAY_ADDRESS, else one of this machine
-    alone. A connection that is there already is used and left open. `cpus`, `gpus`: what each worker takes of its machine,
-    parts of one included; gpus None: one where the device is a GPU.
+    alone. A connection that is there already is used and left open. `cpus`, `gpus`: what each worker takes of its
+    machine, parts of one included; gpus None: one where the device is a GPU.
     """
 
     address: str | None = None
