@@ -50,7 +50,7 @@ class _Letter:
         if not self.sizes:
             return Packed(self.head, [])
         with Path(self.path).open("rb") as file:
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         padded = [size + -size % ALIGNED for size in self.sizes]
         begins = np.cumsum([0, *padded]).tolist()
         parts = [mapped[b : b + size] for b, size in zip(begins, self.sizes, strict=False)]

@@ -38,9 +38,8 @@ class Objective:
         self.sizes = [parameter.numel() for parameter in parameters.values()]
         self.dimension = sum(self.sizes)
         self.functions: dict[str, PerElement] = {"loss": task.loss, **task.metrics}
-        self.programs: dict[
-            Any, Any
-        ] = {}  # recorded steps, which chunks of all sizes share: see `Cohort`
+        # Recorded steps, which chunks of all sizes share: see `Cohort`.
+        self.programs: dict[Any, Any] = {}
 
     @property
     def layout(self) -> Layout:

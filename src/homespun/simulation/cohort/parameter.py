@@ -184,10 +184,10 @@ class _OneChannel(torch.autograd.Function):
         grouped = windows.reshape(active, -1, *windows.shape[1:])
         patches = grouped.permute(0, 4, 5, 1, 2, 3).reshape(active, high * wide, -1)
         ctx.given = patches, weight, bias
-        kernels = weight.stack[:active].reshape(active, channels, -1).transpose(1, 2)
+        kernels = weight.here.reshape(active, channels, -1).transpose(1, 2)
         result = torch.bmm(patches.transpose(1, 2), kernels)
         if bias is not None:
-            result += bias.stack[:active, None]
+            result += bias.here[:, None]
         return result.view(*shape, channels).permute(0, 3, 1, 2)
 
     @staticmethod

@@ -176,9 +176,8 @@ class Tuning:
         """Seconds for one step of one client, the share of what a chunk costs once included; infinite as soon as they
         are certain to be more than `limit`."""
         trainer = build(self.objective, choice)
-        self._run(
-            trainer, self._few(choice.chunk, steps=1)
-        )  # memory and kernels are there after that
+        # Memory, kernels and the recorded step are there after that.
+        self._run(trainer, self._few(choice.chunk, steps=1))
         few = self._few(choice.chunk, MOST_STEPS)
         count = int(few.num_steps.sum())
         best, spent = float("inf"), 0.0
