@@ -157,13 +157,17 @@ def test_factored_matrices_never_exist_and_give_the_same(monkeypatch, name, term
     assert all(choice.factored for choice in subject.choices)
 
 
-def factored(model, kind, steps):
-    """Names of parameters that are worth the factored form for clients with so many steps."""
+def measuring(model, kind, steps):
+    """Of three clients with so many steps each."""
     data = arena(kind, sizes=(4 * steps,) * 3)
     made = CohortEngine(task(model, kind=kind), data)
     local = resolve(PLAIN, made.task.optimizer, made.initial(), 3)
-    given = (made.task, data, made.objective, made.rows, batches(data), local)
-    return tuning.Tuning(*given).worth_factoring()
+    return tuning.Tuning(made.task, data, made.objective, made.rows, batches(data), local)
+
+
+def factored(model, kind, steps):
+    """Names of parameters that are worth the factored form for clients with so many steps."""
+    return measuring(model, kind, steps).worth_factoring()
 
 
 def test_a_matrix_is_factored_while_its_history_is_shorter_than_itself():
@@ -176,6 +180,20 @@ def test_what_is_used_for_every_word_is_not_factored(monkeypatch):
     # An embedding is no product; LSTM and output see four words of four sentences in each step.
     assert factored(Recurrent(), "tokens", steps=1) == ("output.weight",)
     assert factored(Recurrent(), "tokens", steps=3) == ()
+
+
+def test_one_slow_measurement_of_what_is_short_proves_nothing(monkeypatch):
+    until, delays = tuning._until, iter([True])
+
+    def delayed(deadline, steps):
+        if deadline < float("inf") and next(delays, False):
+            raise tuning._TooSlow
+        return until(deadline, steps)
+
+    monkeypatch.setattr(tuning, "_until", delayed)
+    seconds = measuring(Perceptron(), "vectors", 2).seconds_per_step(CHOICES["stacked"], limit=60.0)
+    assert next(delays, "used") == "used"
+    assert seconds < float("inf")
 
 
 @pytest.mark.parametrize("name", MODELS)

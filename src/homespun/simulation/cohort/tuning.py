@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -180,14 +181,11 @@ class Tuning:
         self._run(trainer, self._few(choice.chunk, steps=1))
         few = self._few(choice.chunk, MOST_STEPS)
         count = int(few.num_steps.sum())
-        best, spent = float("inf"), 0.0
+        best, begin = float("inf"), time.perf_counter()
         for _ in range(MOST_REPEATS):
-            try:
-                seconds = self._run(trainer, few, limit * count)
-            except _TooSlow:
-                break
-            best, spent = min(best, seconds), spent + seconds
-            if spent > CERTAIN_SECONDS:
+            with suppress(_TooSlow):  # which what is short may be by accident
+                best = min(best, self._run(trainer, few, limit * count))
+            if time.perf_counter() - begin > CERTAIN_SECONDS:
                 break
         return best / count
 
