@@ -157,6 +157,24 @@ def test_factored_matrices_never_exist_and_give_the_same(monkeypatch, name, term
     assert all(choice.factored for choice in subject.choices)
 
 
+FIRST = {
+    "perceptron": ("first.weight",),
+    "wide": ("first.weight",),
+    "normed": ("first.weight",),
+    "next word": (),
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("name", FIRST)
+def test_matrices_that_meet_data_only_lie_transposed_and_give_the_same(monkeypatch, name, terms):
+    monkeypatch.setattr(tuning, "TRANSPOSED_OUTPUTS", 1)
+    subject = engine(name, terms, strategy="stacked", chunk=3)
+    equal(subject, work(name, terms)[2], RULE, expected(name, terms))
+    (choice,) = subject.choices
+    assert choice.transposed == FIRST[name]
+
+
 def measuring(model, kind, steps):
     """Of three clients with so many steps each."""
     data = arena(kind, sizes=(4 * steps,) * 3)

@@ -30,10 +30,18 @@ Slots = dict[str, Dense | Factored]
 
 
 class Cohort:
-    """Trains chunks of at most `chunk` clients. `factored`: names of parameters kept as `Factored`."""
+    """Trains chunks of at most `chunk` clients. `factored`: names of parameters kept as `Factored`; `transposed`: of
+    those whose `Dense` is."""
 
-    def __init__(self, objective: Objective, chunk: int, factored: frozenset[str]) -> None:
-        self.objective, self.chunk, self.factored = objective, chunk, factored
+    def __init__(
+        self,
+        objective: Objective,
+        chunk: int,
+        factored: frozenset[str] = frozenset(),
+        transposed: frozenset[str] = frozenset(),
+    ) -> None:
+        self.objective, self.chunk = objective, chunk
+        self.factored, self._transposed = factored, transposed
         self._module = copy.deepcopy(objective.module)
         self._like = next(self._module.parameters()).detach()
         self._token = self._like.new_zeros((), requires_grad=True)
@@ -251,7 +259,9 @@ class Cohort:
 
     def _made(self, clients: int) -> Slots:
         return {
-            name: (Factored if name in self.factored else Dense)(shape, clients, self._like)
+            name: Factored(shape, clients, self._like)
+            if name in self.factored
+            else Dense(shape, clients, self._like, clients > 1 and name in self._transposed)
             for name, shape in self.objective.shapes.items()
         }
 

@@ -14,11 +14,13 @@ from homespun.simulation.batches import Batches
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy, how many clients train together, and the names of the parameters that are kept as products."""
+    """A strategy, how many clients train together, and the names of the parameters that are kept as products, and of
+    those whose stacks lie in memory as their transposes."""
 
     strategy: str
     chunk: int
     factored: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

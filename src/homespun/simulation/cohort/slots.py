@@ -3,6 +3,7 @@
 A gradient is recorded in the form in which it arises and applied when the whole backward pass is over:
 
     pairs    (left [a, R, o], right [a, R, i])    sum over R of left^T right, of matrix products
+    data     the same                             of products through which no gradient passes
     rows     (index [a, R], values [a, R, i])     values added to the rows `index`, of embeddings
     dense    [a, *shape]                          everything else
 
@@ -16,17 +17,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+PRODUCTS = ("pairs", "data")
+
 
 class Dense:
-    """Every client's own parameter, stacked: [m, *shape]."""
+    """Every client's own parameter, stacked: [m, *shape]; `transposed`: matrices lie in memory as [m, i, o]."""
 
-    def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
-        self.shape, self.clients = shape, clients
-        self.stack = like.new_empty(clients, *shape)
+    def __init__(
+        self, shape: torch.Size, clients: int, like: Tensor, transposed: bool = False
+    ) -> None:
+        self.shape, self.clients, self.transposed = shape, clients, transposed
         if len(shape) == 4:  # convolution on a CPU is fastest with channels last
             flat = like.new_empty(clients * shape[0], *shape[1:])
             flat = flat.contiguous(memory_format=torch.channels_last)
             self.stack = flat.view(clients, *shape)
+        elif transposed:
+            self.stack = like.new_empty(clients, *shape[::-1]).transpose(1, 2)
+        else:
+            self.stack = like.new_empty(clients, *shape)
         self.velocity: Tensor | None = None
         self._leaf: Tensor | None = None
         self._places = torch.arange(clients, device=like.device)[:, None]
@@ -35,7 +43,10 @@ class Dense:
 
     def begin(self, start: Tensor, plain: bool) -> None:
         """Every client at `start`: [n] or [m, n], flat."""
-        self.stack.copy_(start.reshape(-1, *self.shape))
+        start = start.reshape(-1, *self.shape)
+        if self.transposed:  # here, not in each of the copies
+            start = start.transpose(1, 2).contiguous().transpose(1, 2)
+        self.stack.copy_(start)
         self.velocity = None
         self.narrow(self.clients)
         self._forget()
@@ -55,8 +66,9 @@ class Dense:
 
     def example(self, parameter: Tensor, noise: torch.Generator) -> list[Tensor]:
         """`tensors()` near a parameter."""
-        drawn = torch.randn((self.clients, *self.shape), generator=noise).to(parameter)
-        return [drawn.div_(8).add_(1).mul_(parameter)]
+        # Only scaled: millions of random numbers would take longer than a step.
+        drawn = torch.randn((self.clients, *[1] * len(self.shape)), generator=noise).to(parameter)
+        return [drawn.div_(8).add_(1) * parameter]
 
     def now(self) -> Tensor:
         """[a, *shape], for any differentiable operation; its gradient is taken from `.grad`."""
@@ -89,7 +101,7 @@ class Dense:
         return self.here[self._places[: self.active], index]
 
     def record(self, kind: str, *tensors: Tensor) -> None:
-        """`kind`: pairs, rows or dense, as above."""
+        """`kind`: pairs, data, rows or dense, as above."""
         self._recorded.append((kind, tensors))
 
     def taken(self) -> list[tuple[str, tuple[Tensor, ...]]]:
@@ -102,9 +114,13 @@ class Dense:
 
     def product_rows(self) -> int:
         """Of this step's products; 0 if the parameter was used in any other way."""
-        if self._leaf is not None or any(kind != "pairs" for kind, _ in self._recorded):
+        if self._leaf is not None or any(kind not in PRODUCTS for kind, _ in self._recorded):
             return 0
         return sum(left.shape[1] for _, (left, _) in self._recorded)
+
+    def meets_data_only(self) -> bool:
+        """Whether no gradient passed through this step's products, of which there are some."""
+        return {kind for kind, _ in self._recorded} == {"data"} and self._leaf is None
 
     def gradient(self) -> Tensor:
         """[a, *shape]: all that was recorded, in one tensor."""
@@ -121,13 +137,16 @@ class Dense:
 
     def _add_recorded(self, target: Tensor, beta: float, alpha: float) -> None:
         recorded = self.taken()
-        pairs = [tensors for kind, tensors in recorded if kind == "pairs"]
+        pairs = [tensors for kind, tensors in recorded if kind in PRODUCTS]
         if beta != 1.0 and not pairs:
             target.mul_(beta)
         if pairs:
             left, right = _joined(pairs)
             if self.clients == 1:
                 target[0].addmm_(left[0].t(), right[0], beta=beta, alpha=alpha)
+            elif self.transposed:
+                turned = target.transpose(1, 2)
+                turned.baddbmm_(right.transpose(1, 2), left, beta=beta, alpha=alpha)
             else:
                 target.baddbmm_(left.transpose(1, 2), right, beta=beta, alpha=alpha)
         for kind, tensors in recorded:
@@ -154,10 +173,13 @@ class Dense:
             # In place: nobody needs the parameter any more.
             moved = self.stack[0].sub_(start.view(self.shape))
             total.addcmul_(moved.reshape(-1), weights)
-        elif start.dim() == 1:
-            total.add_(weights @ self.stack.reshape(self.clients, -1)).sub_(weights.sum() * start)
+            return
+        if self.transposed:
+            sums = weights @ self.stack.transpose(1, 2).reshape(self.clients, -1)
+            sums = sums.view(self.shape[::-1]).t().reshape(-1)
         else:
-            total.add_(weights @ self.stack.reshape(self.clients, -1)).sub_(weights @ start)
+            sums = weights @ self.stack.reshape(self.clients, -1)
+        total.add_(sums).sub_(weights.sum() * start if start.dim() == 1 else weights @ start)
 
     def updates(self, start: Tensor) -> Tensor:
         """[m, n]"""
@@ -230,7 +252,7 @@ class Factored:
         return result
 
     def record(self, kind: str, *tensors: Tensor) -> None:
-        """`kind`: pairs; there is nothing else here."""
+        """`kind`: pairs or data; there is nothing else here."""
         self._recorded.append((kind, tensors))
 
     def taken(self) -> list[tuple[str, tuple[Tensor, ...]]]:

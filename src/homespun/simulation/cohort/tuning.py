@@ -38,12 +38,17 @@ STACKED_CLIENTS, REFERENCE_CLIENTS = 32, 16
 STACKED_BYTES = 2**30
 FACTORED_SIZE = 8192
 """Smaller matrices are faster stacked."""
+TRANSPOSED_OUTPUTS = 32
+"""Batched products of rows with transposes of matrices take twice as long as with matrices; but adding to matrices with
+fewer columns takes longer still."""
 MOST_STEPS = 64
 """Of each client in a measurement: enough for the history of products to cost what it costs."""
-MOST_REPEATS, CERTAIN_SECONDS = 20, 0.2
+MOST_REPEATS, CERTAIN_SECONDS = 50, 0.06
 """Measured so often, for so long at most: what takes longer is measured once and cannot be noise."""
 PATIENCE_SECONDS = 5.0
 """For larger chunks, where a round takes less."""
+EQUAL = 1.1
+"""A chunk that is so many times slower than the next smaller one is the last that is tried."""
 HOPELESS = 1.3
 """A candidate that is so many times slower than the fastest is stopped in the middle of its measurement."""
 
@@ -54,7 +59,7 @@ def build(objective: Objective, choice: Choice) -> Strategy:
         return Reference(objective, choice.chunk)
     if choice.strategy == "eager":
         return Eager(objective)
-    return Cohort(objective, choice.chunk, frozenset(choice.factored))
+    return Cohort(objective, choice.chunk, frozenset(choice.factored), frozenset(choice.transposed))
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class Tuning:
         if strategy == "auto":
             return (*self._measured(chunk), reference)
         size = 1 if strategy in ALONE else chunk or STACKED_CLIENTS
-        names = self.worth_factoring() if strategy == "factored" else ()
-        return (Choice(strategy, size, names),) if self.proven(strategy, names) else ()
+        choice = self._of(strategy, size)
+        return (choice,) if self.proven(choice) else ()
 
     def _measured(self, chunk: int | None) -> list[Choice]:
         """Growing chunks of a strategy are tried while that helps, and no longer than a round would take."""
@@ -91,15 +96,15 @@ class Tuning:
         given_up: set[str] = set()
         for choice in self._candidates(chunk):
             name = choice.strategy
-            if name in given_up or not self.proven(name, choice.factored):
+            if name in given_up or not self.proven(choice):
                 continue
             least = min((seconds for seconds, _ in fastest.values()), default=float("inf"))
             before, _ = fastest.get(name, (float("inf"), choice))
             patience = max(PATIENCE_SECONDS, least * int(self.batches.num_steps.sum()))
             if name in fastest and time.perf_counter() - begin > patience:
                 continue
-            seconds = self.seconds_per_step(choice, min(HOPELESS * least, before))
-            if not seconds < 0.9 * before:
+            seconds = self.seconds_per_step(choice, min(HOPELESS * least, EQUAL * before))
+            if not seconds < EQUAL * before:
                 given_up.add(name)
             if seconds < before:
                 fastest[name] = seconds, choice
@@ -111,14 +116,31 @@ class Tuning:
         if chunk is None or chunk == 1:
             yield from (Choice(strategy, 1) for strategy in ALONE)
         each = self.objective.dimension * self.local.model.element_size()
-        names = self.worth_factoring() if factorable(self.local) else ()
+        factored = factorable(self.local) and self._of("factored", 2).factored
         for size in (chunk,) if chunk else CHUNKS:
             if chunk or size // 4 < clients:
                 size = min(size, max(clients, 2))
                 if size > 1 and (chunk or size * each <= STACKED_BYTES):
-                    yield Choice("stacked", size)
-                if names and (chunk or size > CHUNKS[0]):
-                    yield Choice("factored", size, names)
+                    yield self._of("stacked", size)
+                if factored and (chunk or size > CHUNKS[0]):
+                    yield self._of("factored", size)
+
+    def _of(self, strategy: str, chunk: int) -> Choice:
+        """A strategy for this model, if nothing else is known."""
+        if strategy in ALONE:
+            return Choice(strategy, chunk)
+        factored = self.worth_factoring() if strategy == "factored" else ()
+        transposed = tuple(name for name in self.worth_transposing() if name not in factored)
+        return Choice(strategy, chunk, factored, transposed)
+
+    def worth_transposing(self) -> tuple[str, ...]:
+        """Matrices of which a step needs products in one direction only, those with data."""
+        shapes = self.objective.shapes
+        return tuple(
+            name
+            for name, matrix in self._matrices.items()
+            if matrix.meets_data_only and shapes[name][0] >= TRANSPOSED_OUTPUTS
+        )
 
     def worth_factoring(self) -> tuple[str, ...]:
         """Matrices that cost more to read once for every client than the history of their products does.
@@ -129,39 +151,40 @@ class Tuning:
         steps = self.batches.num_steps
         past = float((steps * (steps - 1) / 2).sum() / max(steps.sum(), 1))
         names = []
-        for name, rows in self._rows_of_products().items():
+        for name, matrix in self._matrices.items():
             shape = self.objective.shapes[name]
-            if shape.numel() >= FACTORED_SIZE and rows * past * sum(shape) <= shape.numel():
+            if shape.numel() >= FACTORED_SIZE and matrix.rows * past * sum(shape) <= shape.numel():
                 names.append(name)
         return tuple(names)
 
-    def _rows_of_products(self) -> dict[str, int]:
-        """Parameters that take part in matrix products and nothing else, and the rows of these in one client's step."""
-        counting = _Counting(self.objective, 1, frozenset())
+    @cached_property
+    def _matrices(self) -> dict[str, _Matrix]:
+        """Parameters that take part in matrix products and nothing else."""
+        counting = _Counting(self.objective, 1)
         try:
             self._run(counting, self._few(clients=1, steps=1), limit=float("inf"))
-        except Exception:  # noqa: BLE001  a model that cannot be run so has nothing to factor
+        except Exception:  # noqa: BLE001  of a model that cannot be run so nothing is known
             return {}
-        return {name: rows for name, rows in counting.rows.items() if rows}
+        return {name: matrix for name, matrix in counting.matrices.items() if matrix.rows}
 
-    def proven(self, strategy: str, factored: tuple[str, ...]) -> bool:
+    def proven(self, choice: Choice) -> bool:
         """The strategy gives the reference's updates, in float64, on a few of these clients."""
-        if strategy == "factored" and not factored:
+        if choice.strategy == "factored" and not choice.factored:
             return False
-        if strategy not in self._proven:
-            self._proven[strategy] = self._agrees(strategy, factored)
-        return self._proven[strategy]
+        if choice.strategy not in self._proven:
+            self._proven[choice.strategy] = self._agrees(choice)
+        return self._proven[choice.strategy]
 
-    def _agrees(self, strategy: str, factored: tuple[str, ...]) -> bool:
+    def _agrees(self, choice: Choice) -> bool:
         clients = len(self._small.few.clients)
-        chunk = 1 if strategy in ALONE else clients
+        chunk = 1 if choice.strategy in ALONE else clients
         try:
-            update, loss = self._small.trained(Choice(strategy, chunk, factored))
+            update, loss = self._small.trained(replace(choice, chunk=chunk))
         except Exception:  # noqa: BLE001  whatever the author's module raises here, the reference decides
             return False
         expected, expected_loss = self._small.told(chunk)
-        size = expected.abs().max().item()
-        close = torch.allclose(update, expected, rtol=1e-9, atol=1e-9 * size)
+        largest = torch.linalg.vector_norm(expected, float("inf"))
+        close = bool(torch.dist(update, expected, float("inf")) <= 1e-9 * largest)
         return close and np.isclose(loss, expected_loss, rtol=1e-9).item()
 
     @cached_property
@@ -235,13 +258,22 @@ class _Small:
         return update, totals.read()["loss"].sum
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """What one client's step does with a matrix: `rows` of its products, and whether these are data."""
+
+    rows: int
+    meets_data_only: bool
+
+
 class _Counting(Cohort):
-    rows: dict[str, int]
+    matrices: dict[str, _Matrix]
 
     def _descend(self, local: Local, drift: dict[str, Tensor] | None) -> None:
-        self.rows = {
-            name: slot.product_rows() if isinstance(slot, Dense) else 0
+        self.matrices = {
+            name: _Matrix(slot.product_rows(), slot.meets_data_only())
             for name, slot in self._slots.items()
+            if isinstance(slot, Dense)
         }
         super()._descend(local, drift)
 
