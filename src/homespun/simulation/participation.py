@@ -205,10 +205,13 @@ class Participation:
         """`asked` clients in draw `number`, of those available in `slot`; fewer if there are not so many."""
         chosen = self._draw(asked, number, slot)
         chance = self.drop_out[chosen] if isinstance(self.drop_out, np.ndarray) else self.drop_out
-        start = counters.begin(self.seed, "drop-out", number)
+        dropped = np.zeros(len(chosen), np.bool_)
+        if np.any(chance):
+            start = counters.begin(self.seed, "drop-out", number)
+            dropped = counters.uniform(start, chosen) < chance
         return Cohort(
             clients=chosen if self.population is None else self.population[chosen],
-            dropped=counters.uniform(start, chosen) < chance,
+            dropped=dropped,
             wanted=self.wanted,
         )
 
