@@ -187,6 +187,14 @@ def test_what_is_fastest_is_not_measured_again_after_a_resume(moody_run, tmp_pat
     assert moody_run(measured=True, rounds=4, directory=tmp_path / "run", resume=True) == whole
 
 
+def test_a_run_goes_on_with_the_shards_it_began_with_whoever_trains_them(tmp_path):
+    whole = run(rounds=3, workers=2)
+    run(rounds=1, workers=2, directory=tmp_path)
+    alone = run(rounds=3, directory=tmp_path, resume=True)
+    assert bits(alone) == bits(whole)
+    assert bits(whole) != bits(run(rounds=3))  # so the shards matter
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, method):
     words = {"method": method, "evaluate_on": data(4, seed=9), "evaluate_every": 2}

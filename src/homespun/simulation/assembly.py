@@ -83,7 +83,6 @@ def cohort_rounds(
         device=device,
         dtype=dtype,
     )
-    num_shards = shards or _usual_shards(workers, cluster)
 
     def rows(clients: Clients) -> npt.NDArray[np.int64]:
         return here.num_examples(data.offsets[clients + 1] - data.offsets[clients])
@@ -101,7 +100,8 @@ def cohort_rounds(
     return CohortRounds(
         method=rule,
         pool=pool,
-        split=lambda clients: split(clients, rows(clients), num_shards),
+        split=lambda clients, number: split(clients, rows(clients), number),
+        num_shards=shards or _usual_shards(workers, cluster),
         adding=adding,
         shapes=[(name, tuple(p.shape)) for name, p in here.model.named_parameters()],
         own=own,

@@ -71,7 +71,7 @@ class AsyncRounds:
         staleness = [start.staleness for start in step.members]
         clips = self.rounds.adding.clip_norm is not None and total.num_clients
         choices = total.choices or state.now.choices
-        now = CohortState(model, server, state.now.clients, choices)
+        now = replace(state.now, model=model, server=server, choices=choices)
         return AsyncState(now, number, pending), Trained(
             metrics=total.metrics,
             num_clients=len(step.members),
@@ -106,7 +106,7 @@ class AsyncRounds:
         places = np.searchsorted(targets, [start.step for start in began])
         shares[np.arange(len(began)), places] = [self._weight(start) for start in began]
         clients = np.array([start.client for start in began], np.int64)
-        parts = self.rounds.split(clients)
+        parts = self.rounds.split(clients, now.num_shards)
         rows = np.split(shares, np.cumsum([len(part) for part in parts])[:-1])
         seed = round_seed(self.rounds.seed, number)
         shards = [Shard(part, {}, share) for part, share in zip(parts, rows, strict=True)]

@@ -57,23 +57,26 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class CohortState:
-    """Between two rounds: the model [d], the server's vectors, what clients keep, and how they are trained."""
+    """Between two rounds: the model [d], the server's vectors, what clients keep, and how they are trained and added."""
 
     model: Tensor
     server: Vectors
     clients: ClientStore
+    num_shards: int
     choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRounds:
-    """See `state.Rounds`. `split`: a cohort, ascending, into shards; `shapes`: of the model's parameters; `population`:
-    clients there are; `own`: the module's parameters, from which a run begins that is given nothing else.
+    """See `state.Rounds`. `split`: a cohort, ascending, into a number of shards, `num_shards` where a run begins;
+    `shapes`: of the model's parameters; `population`: clients there are; `own`: the module's parameters, from which a
+    run begins that is given nothing else.
     """
 
     method: Method
     pool: Pool
-    split: Callable[[Clients], Sequence[Clients]]
+    split: Callable[[Clients, int], Sequence[Clients]]
+    num_shards: int
     adding: Adding
     shapes: Shapes
     own: Tree
@@ -91,7 +94,7 @@ class CohortRounds:
         server = self.method.begin(model, layout)
         kept = first(model, layout) if first else {}
         begin = {name: vector.cpu().numpy() for name, vector in kept.items()}
-        return CohortState(model, server, ClientStore(begin))
+        return CohortState(model, server, ClientStore(begin), self.num_shards)
 
     def round(
         self, state: CohortState, number: int, cohort: Clients
@@ -101,7 +104,7 @@ class CohortRounds:
         cohort = np.sort(cohort)
         shards = [
             Shard(clients, state.clients.take(clients) if state.clients.begin else {})
-            for clients in self.split(cohort)
+            for clients in self.split(cohort, state.num_shards)
         ]
         order = Order(number, seed, state.model, state.server, state.choices)
         total = self.trained(order, shards)
@@ -114,7 +117,8 @@ class CohortRounds:
         if total.kept:
             clients = clients.copy()
             clients.keep(total.clients, total.kept)
-        return CohortState(model, server, clients, total.choices), Trained(
+        after = CohortState(model, server, clients, state.num_shards, total.choices)
+        return after, Trained(
             metrics=total.metrics,
             num_clients=total.num_clients,
             num_examples=total.num_examples,
@@ -204,8 +208,9 @@ class CohortRounds:
     def snapshot(self, state: CohortState) -> Snapshot:
         server = {name: np.asarray(vector.cpu()) for name, vector in state.server.items()}
         choices = [asdict(choice) for choice in state.choices]
+        settled = {"choices": choices, "shards": state.num_shards}
         clients = state.clients.arrays()
-        return Snapshot(0, self.parameters(state), server, clients, settled={"choices": choices})
+        return Snapshot(0, self.parameters(state), server, clients, settled=settled)
 
     def restore(self, snapshot: Snapshot) -> CohortState:
         vector = trees.flatten(snapshot.model, self.shapes)
@@ -214,7 +219,8 @@ class CohortRounds:
         }
         model = torch.from_numpy(vector).to(self.device)
         choices = msgspec.convert(snapshot.settled.get("choices", []), tuple[Choice, ...])
-        return CohortState(model, server, ClientStore.of(snapshot.clients), choices)
+        num_shards = snapshot.settled.get("shards", self.num_shards)
+        return CohortState(model, server, ClientStore.of(snapshot.clients), num_shards, choices)
 
     @staticmethod
     def _tensor(array: AnyArray, model: Tensor) -> Tensor:
