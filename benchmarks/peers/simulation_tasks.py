@@ -254,11 +254,11 @@ class Task:
 
 
 TINY = Task(
-    model=Mlp((64, 32, 10)), num_clients=100, rows=(10, 30), learning_rate=0.1, num_rounds=10
+    model=Mlp((64, 32, 10)), num_clients=100, rows=(10, 30), learning_rate=0.1, num_rounds=40
 )
 TASKS: Mapping[str, Task] = {
     "tiny": TINY,
-    "tiny1k": replace(TINY, num_clients=1000, num_rounds=5),
+    "tiny1k": replace(TINY, num_clients=1000, num_rounds=10),
     "logreg": replace(TINY, model=Mlp((784, 10)), learning_rate=0.03),
     "mlp": Task(
         model=Mlp((784, 200, 200, 10)),

@@ -28,6 +28,18 @@ class Normed(nn.Module):
         return self.last(self.norm(torch.tanh(x)) * self.scale + x)
 
 
+class Flipped(nn.Module):
+    """Rows times matrices, where the others take the matrices' transposes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(5, 6) / 3)
+        self.last = nn.Parameter(torch.randn(6, 3) / 3)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.first) @ self.last
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -54,6 +66,7 @@ MODELS = {
     "perceptron": (Perceptron, "vectors"),
     "wide": (lambda: Perceptron(2000), "vectors"),
     "normed": (Normed, "vectors"),
+    "flipped": (Flipped, "vectors"),
     "convolutional": (Convolutional, "images"),
     "digits": (Digits, "images"),
     "next word": (lambda: NextWord(KEYBOARD), "tokens"),
@@ -161,6 +174,7 @@ FIRST = {
     "perceptron": ("first.weight",),
     "wide": ("first.weight",),
     "normed": ("first.weight",),
+    "flipped": (),
     "next word": (),
 }
 
@@ -219,6 +233,9 @@ def test_the_measured_choice_gives_the_same(name):
     subject = engine(name, "plain")
     equal(subject, work(name, "plain")[2], RULE, expected(name, "plain"))
     assert {choice.strategy for choice in subject.choices} > {"reference"}
+    # A chunk that takes all five clients takes more of them where there are more.
+    together = {c.chunk for c in subject.choices if c.strategy in ("stacked", "factored")}
+    assert together <= set(tuning.CHUNKS)
 
 
 class Dropping(nn.Module):

@@ -50,7 +50,7 @@ class Cohort:
         self._places = _places(self._module)
         self._programs: dict[Any, _Recorded | None] = objective.programs
         self._shared: tuple[Block, list[tuple[Tensor, ...]]] | None = None
-        self._build(chunk)
+        self._clients, self._slots = 0, Slots()
 
     @torch.no_grad()
     def run(

@@ -95,7 +95,7 @@ class _Product(torch.autograd.Function):
         gradient = grads[0]
         grouped = gradient.reshape(weight.active, -1, gradient.shape[-1])
         pair = (rows, grouped) if flip else (grouped, rows)
-        weight.record("pairs" if ctx.needs_input_grad[0] else "data", *pair)
+        weight.record("pairs" if flip or ctx.needs_input_grad[0] else "data", *pair)
         if bias is not None:
             bias.record("dense", grouped.sum(1))
         if not ctx.needs_input_grad[0]:

@@ -3,7 +3,7 @@
 A gradient is recorded in the form in which it arises and applied when the whole backward pass is over:
 
     pairs    (left [a, R, o], right [a, R, i])    sum over R of left^T right, of matrix products
-    data     the same                             of products through which no gradient passes
+    data     the same                             of rows @ W^T, through which no gradient passes
     rows     (index [a, R], values [a, R, i])     values added to the rows `index`, of embeddings
     dense    [a, *shape]                          everything else
 
@@ -119,7 +119,7 @@ class Dense:
         return sum(left.shape[1] for _, (left, _) in self._recorded)
 
     def meets_data_only(self) -> bool:
-        """Whether no gradient passed through this step's products, of which there are some."""
+        """Whether this step's products, of which there are some, were all with the transpose, and of data."""
         return {kind for kind, _ in self._recorded} == {"data"} and self._leaf is None
 
     def gradient(self) -> Tensor:

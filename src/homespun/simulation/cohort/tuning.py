@@ -117,13 +117,13 @@ class Tuning:
             yield from (Choice(strategy, 1) for strategy in ALONE)
         each = self.objective.dimension * self.local.model.element_size()
         factored = factorable(self.local) and self._of("factored", 2).factored
-        for size in (chunk,) if chunk else CHUNKS:
-            if chunk or size // 4 < clients:
-                size = min(size, max(clients, 2))
-                if size > 1 and (chunk or size * each <= STACKED_BYTES):
-                    yield self._of("stacked", size)
-                if factored and (chunk or size > CHUNKS[0]):
-                    yield self._of("factored", size)
+        # The first size that takes all of these clients is the last; in other rounds there may be more of them.
+        for size in (chunk,) if chunk else [size for size in CHUNKS if size // 4 < clients]:
+            stacked = chunk or min(size, STACKED_BYTES // each)
+            if stacked > (1 if chunk else size // 4):
+                yield self._of("stacked", stacked)
+            if factored and (chunk or size > CHUNKS[0]):
+                yield self._of("factored", size)
 
     def _of(self, strategy: str, chunk: int) -> Choice:
         """A strategy for this model, if nothing else is known."""
@@ -134,7 +134,7 @@ class Tuning:
         return Choice(strategy, chunk, factored, transposed)
 
     def worth_transposing(self) -> tuple[str, ...]:
-        """Matrices of which a step needs products in one direction only, those with data."""
+        """Matrices whose products with data are all that a step needs: no gradient passes through, the other way."""
         shapes = self.objective.shapes
         return tuple(
             name
