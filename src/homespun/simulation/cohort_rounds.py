@@ -57,7 +57,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class CohortState:
-    """Between two rounds: the model [d], the server's vectors, what clients keep, and how they are trained and added."""
+    """Between two rounds: the model [d], the server's vectors, what clients keep; how they are trained and added."""
 
     model: Tensor
     server: Vectors
