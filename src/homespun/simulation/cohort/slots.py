@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 PRODUCTS = ("pairs", "data")
+"""Kinds of what is recorded of matrix products."""
 
 
 class Dense:
@@ -44,7 +45,7 @@ class Dense:
     def begin(self, start: Tensor, plain: bool) -> None:
         """Every client at `start`: [n] or [m, n], flat."""
         start = start.reshape(-1, *self.shape)
-        if self.transposed:  # here, not in each of the copies
+        if self.transposed:  # once, so that all the copies go straight through memory
             start = start.transpose(1, 2).contiguous().transpose(1, 2)
         self.stack.copy_(start)
         self.velocity = None

@@ -90,7 +90,7 @@ class Tuning:
         return (choice,) if self.proven(choice) else ()
 
     def _measured(self, chunk: int | None) -> list[Choice]:
-        """Growing chunks of a strategy are tried while that helps, and no longer than a round would take."""
+        """Growing chunks of a strategy are tried until they are slower, and no longer than a round would take."""
         begin = time.perf_counter()
         fastest: dict[str, tuple[float, Choice]] = {}
         given_up: set[str] = set()
@@ -116,7 +116,7 @@ class Tuning:
         if chunk is None or chunk == 1:
             yield from (Choice(strategy, 1) for strategy in ALONE)
         each = self.objective.dimension * self.local.model.element_size()
-        factored = factorable(self.local) and self._of("factored", 2).factored
+        factored = factorable(self.local) and self.worth_factoring()
         # The first size that takes all of these clients is the last; in other rounds there may be more of them.
         for size in (chunk,) if chunk else [size for size in CHUNKS if size // 4 < clients]:
             stacked = chunk or min(size, STACKED_BYTES // each)
