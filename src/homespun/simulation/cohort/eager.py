@@ -6,14 +6,13 @@ It can train whatever the reference can.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from homespun.plan.build.steps import weighted_sum
 from homespun.simulation.cohort import reference
-from homespun.simulation.cohort.gather import Step
+from homespun.simulation.cohort.gather import Step, Steps
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals
 
@@ -36,7 +35,7 @@ class Eager:
 
     def run(
         self,
-        steps: Iterator[Step],
+        steps: Steps,
         local: Local,
         clients: int,
         totals: Totals,

@@ -26,7 +26,7 @@ from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.results import Choice, Partial
 from homespun.simulation.task import Task
 
-STRATEGIES = ("auto", "reference", "eager", "sequential", "stacked", "factored")
+STRATEGIES = ("auto", "reference", "eager", "sequential", "compiled", "stacked", "factored")
 
 
 class CohortEngine:
@@ -130,7 +130,7 @@ class CohortEngine:
         parts = [local.model.new_zeros(0, self.objective.dimension)]
         clients = len(batches.clients)
         if clients:
-            strategy = self._strategy(batches, local)
+            strategy = self._strategy(batches, local, totals)
             chunks = -(-clients // strategy.chunk)
             size = -(-clients // chunks)  # chunks as equal as can be
             for first in range(0, clients, size):
@@ -142,11 +142,11 @@ class CohortEngine:
                     parts.append(update)
         return torch.cat(parts) if mean is None else mean
 
-    def _strategy(self, batches: Batches, local: Local) -> tuning.Strategy:
+    def _strategy(self, batches: Batches, local: Local, totals: Totals) -> tuning.Strategy:
         """Raises `InvalidConfig` if a strategy is forced that this model or rule cannot be trained with."""
         if not self.choices:
             self.choices = tuning.Tuning(
-                self.task, self.arena, self.objective, self.rows, batches, local
+                self.task, self.arena, self.objective, self.rows, batches, local, totals.names
             ).choices(self.strategy, self.chunk)
         usable = (choice for choice in self.choices if not choice.factored or factorable(local))
         choice = next(usable, None)

@@ -23,7 +23,7 @@ class Objective:
 
     def __init__(self, task: Task, device: torch.device, dtype: torch.dtype) -> None:
         """Raises `InvalidConfig` for a module without parameters, or with running statistics."""
-        self.task = task
+        self.task, self.dtype = task, dtype
         self.module = copy.deepcopy(task.model).to(device, dtype)
         parameters = dict(self.module.named_parameters())
         if not parameters:

@@ -70,7 +70,7 @@ def record(
 
     Raises `Unrecordable`.
     """
-    few, many = (_Recording.of(function, arguments(n)) for n in ((1, 1) if alone else (FEW, MANY)))
+    few, many = (Recording.of(function, arguments(n)) for n in ((1, 1) if alone else (FEW, MANY)))
     program = _Writer(few, many, 0 if alone else num_rows, fixed).program()
     counts = (1, 1) if alone else CHECKED
     steps = [arguments(n) for n in counts]
@@ -97,7 +97,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """An operation below autograd; `several`: it gives a list of tensors."""
+
     function: OpOverload
     args: Sequence[Any]
     kwargs: dict[str, Any]
@@ -110,7 +112,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -122,20 +124,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = list(result) if several else [result]
         if not all(each is None or isinstance(each, Tensor) for each in results):
             raise Unrecordable(f"{func} makes numbers, on which the rest may depend")
-        self.calls.append(_Call(func, args, kwargs or {}, results, several))
+        self.calls.append(Call(func, args, kwargs or {}, results, several))
         return result
 
 
 @dataclass(frozen=True)
-class _Recording:
+class Recording:
     """What a function did with its arguments. All tensors are held, so that an `id` is one tensor's for good."""
 
     arguments: list[Tensor]
-    calls: list[_Call]
+    calls: list[Call]
     results: Sequence[Tensor]
 
     @classmethod
-    def of(cls, function: Function, arguments: list[Tensor]) -> _Recording:
+    def of(cls, function: Function, arguments: list[Tensor]) -> Recording:
         with _Recorder() as recorder:
             results = function(*arguments)
         return cls(arguments, recorder.calls, results)
@@ -172,7 +174,7 @@ class _Line:
 class _Writer:
     """Writes a program from two recordings."""
 
-    def __init__(self, few: _Recording, many: _Recording, num_rows: int, fixed: set[int]) -> None:
+    def __init__(self, few: Recording, many: Recording, num_rows: int, fixed: set[int]) -> None:
         self._few: dict[int, _Value] = {}
         self._many: dict[int, _Value] = {}
         self._space: dict[str, Any] = {}
@@ -206,7 +208,7 @@ class _Writer:
             raise Unrecordable("another number of clients takes other operations")
         return self._few[id(one)]
 
-    def _call(self, call: _Call, twin: _Call) -> None:
+    def _call(self, call: Call, twin: Call) -> None:
         given: list[_Value] = []
         arguments = [self._text(*pair, given) for pair in zip(call.args, twin.args, strict=True)]
         arguments += [
@@ -243,7 +245,7 @@ class _Writer:
         uses = frozenset(value.name for value in given)
         self._lines.append(_Line(tuple(made), text, uses, schema.is_mutable))
 
-    def _change(self, call: _Call) -> None:
+    def _change(self, call: Call) -> None:
         for argument, declared in zip(call.args, call.function._schema.arguments, strict=False):
             if declared.is_write and isinstance(argument, Tensor):
                 value = self._few[id(argument)]
@@ -323,7 +325,7 @@ def _width(one: Tensor, other: Tensor) -> int | None:
     return few[0] // FEW if first and few[1:] == many[1:] else 0
 
 
-def _does_nothing(call: _Call) -> bool:
+def _does_nothing(call: Call) -> bool:
     """Whether the result is the first argument once more."""
     if call.function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
         return True

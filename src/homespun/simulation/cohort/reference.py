@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from homespun.plan.build.steps import weighted_sum
-from homespun.simulation.cohort.gather import Step
+from homespun.simulation.cohort.gather import Step, Steps
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals, client_sums
 
@@ -25,7 +25,7 @@ class Reference:
 
     def run(
         self,
-        steps: Iterator[Step],
+        steps: Steps,
         local: Local,
         clients: int,
         totals: Totals,
@@ -41,7 +41,7 @@ class Reference:
 
 
 def updates(
-    objective: Objective, steps: Iterator[Step], local: Local, clients: int, totals: Totals
+    objective: Objective, steps: Steps, local: Local, clients: int, totals: Totals
 ) -> Tensor:
     """[m, d]: what each client's steps changed."""
     # Lockstep order serves the other strategies; here the clients only have to be told apart.
@@ -80,7 +80,7 @@ def stepped(
     return current - optimizer.learning_rate * gradient, velocity
 
 
-def gradients(objective: Objective, steps: Iterator[Step], start: Tensor, clients: int) -> Tensor:
+def gradients(objective: Objective, steps: Steps, start: Tensor, clients: int) -> Tensor:
     """[m, d]: the gradient of each client's mean loss over all its rows at `start`, [d] or [m, d]."""
     points = start.expand(clients, -1)
     sums = torch.zeros_like(points)
@@ -119,7 +119,7 @@ def _clients(step: Step) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         yield {name: tensor[rows] for name, tensor in step.batch.items()}, step.weight[rows]
 
 
-def losses(objective: Objective, steps: Iterator[Step], point: Tensor, clients: int) -> Tensor:
+def losses(objective: Objective, steps: Steps, point: Tensor, clients: int) -> Tensor:
     """[m]: mean loss of each client's rows with the same parameters [d]."""
     sums = point.new_zeros(clients, 2)
     named = objective.named(point)

@@ -14,13 +14,11 @@ from homespun.simulation.batches import Batches
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy, how many clients train together, and the names of the parameters that are kept as products, and of
-    those whose stacks lie in memory as their transposes."""
+    """A strategy, how many clients train together, and the names of the parameters that are kept as products."""
 
     strategy: str
     chunk: int
     factored: tuple[str, ...] = ()
-    transposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

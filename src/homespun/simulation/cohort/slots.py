@@ -22,18 +22,14 @@ PRODUCTS = ("pairs", "data")
 
 
 class Dense:
-    """Every client's own parameter, stacked: [m, *shape]; `transposed`: matrices lie in memory as [m, i, o]."""
+    """Every client's own parameter, stacked: [m, *shape]."""
 
-    def __init__(
-        self, shape: torch.Size, clients: int, like: Tensor, transposed: bool = False
-    ) -> None:
-        self.shape, self.clients, self.transposed = shape, clients, transposed
+    def __init__(self, shape: torch.Size, clients: int, like: Tensor) -> None:
+        self.shape, self.clients = shape, clients
         if len(shape) == 4:  # convolution on a CPU is fastest with channels last
             flat = like.new_empty(clients * shape[0], *shape[1:])
             flat = flat.contiguous(memory_format=torch.channels_last)
             self.stack = flat.view(clients, *shape)
-        elif transposed:
-            self.stack = like.new_empty(clients, *shape[::-1]).transpose(1, 2)
         else:
             self.stack = like.new_empty(clients, *shape)
         self.velocity: Tensor | None = None
@@ -44,10 +40,7 @@ class Dense:
 
     def begin(self, start: Tensor, plain: bool) -> None:
         """Every client at `start`: [n] or [m, n], flat."""
-        start = start.reshape(-1, *self.shape)
-        if self.transposed:  # once, so that all the copies go straight through memory
-            start = start.transpose(1, 2).contiguous().transpose(1, 2)
-        self.stack.copy_(start)
+        self.stack.copy_(start.reshape(-1, *self.shape))
         self.velocity = None
         self.narrow(self.clients)
         self._forget()
@@ -119,10 +112,6 @@ class Dense:
             return 0
         return sum(left.shape[1] for _, (left, _) in self._recorded)
 
-    def meets_data_only(self) -> bool:
-        """Whether this step's products, of which there are some, were all with the transpose, and of data."""
-        return {kind for kind, _ in self._recorded} == {"data"} and self._leaf is None
-
     def gradient(self) -> Tensor:
         """[a, *shape]: all that was recorded, in one tensor."""
         gradient = torch.zeros_like(self.here)
@@ -145,9 +134,6 @@ class Dense:
             left, right = _joined(pairs)
             if self.clients == 1:
                 target[0].addmm_(left[0].t(), right[0], beta=beta, alpha=alpha)
-            elif self.transposed:
-                turned = target.transpose(1, 2)
-                turned.baddbmm_(right.transpose(1, 2), left, beta=beta, alpha=alpha)
             else:
                 target.baddbmm_(left.transpose(1, 2), right, beta=beta, alpha=alpha)
         for kind, tensors in recorded:
@@ -175,11 +161,7 @@ class Dense:
             moved = self.stack[0].sub_(start.view(self.shape))
             total.addcmul_(moved.reshape(-1), weights)
             return
-        if self.transposed:
-            sums = weights @ self.stack.transpose(1, 2).reshape(self.clients, -1)
-            sums = sums.view(self.shape[::-1]).t().reshape(-1)
-        else:
-            sums = weights @ self.stack.reshape(self.clients, -1)
+        sums = weights @ self.stack.reshape(self.clients, -1)
         total.add_(sums).sub_(weights.sum() * start if start.dim() == 1 else weights @ start)
 
     def updates(self, start: Tensor) -> Tensor:

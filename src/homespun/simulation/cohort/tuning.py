@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from homespun.errors import InvalidConfig
 from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 from homespun.simulation.cohort.cohort import Cohort, factorable
 from homespun.simulation.cohort.eager import Eager
-from homespun.simulation.cohort.gather import Rows, Step
+from homespun.simulation.cohort.gather import Rows, Steps, TooSlow
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.reference import Reference
@@ -28,19 +30,37 @@ from homespun.simulation.cohort.results import Choice
 from homespun.simulation.cohort.slots import Dense
 from homespun.simulation.task import Task
 
-Strategy = Reference | Eager | Cohort
+
+class Strategy(Protocol):
+    """Trains `chunk` clients at a time."""
+
+    chunk: int
+
+    def run(
+        self,
+        steps: Steps,
+        local: Local,
+        clients: int,
+        totals: Totals,
+        mean: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | None:
+        """The clients' updates [m, d]; with `mean` [d] and `weights` [m], their weighted sum is added to `mean`.
+
+        Raises `Unsupported` or whatever the author's module raises.
+        """
+
 
 ALONE = ("eager", "sequential")
 """Strategies that train one client after another."""
 CHUNKS = (4, 16, 64, 256)
 STACKED_CLIENTS, REFERENCE_CLIENTS = 32, 16
 """That many train together where nothing was measured and no chunk is given."""
+COMPILED_CLIENTS = 256
+"""That many in one call: the more there are, the less the call costs, and no memory grows with them."""
 STACKED_BYTES = 2**30
 FACTORED_SIZE = 8192
 """Smaller matrices are faster stacked."""
-TRANSPOSED_OUTPUTS = 32
-"""Batched products of rows with transposes of matrices take twice as long as with matrices; but adding to matrices with
-fewer columns takes longer still."""
 MOST_STEPS = 64
 """Of each client in a measurement: enough for the history of products to cost what it costs."""
 MOST_REPEATS, CERTAIN_SECONDS = 50, 0.06
@@ -54,17 +74,25 @@ HOPELESS = 1.3
 
 
 def build(objective: Objective, choice: Choice) -> Strategy:
-    """Raises `Unsupported` or whatever the author's module raises."""
+    """Raises `Unsupported` or whatever the author's module raises; `InvalidConfig` without the package it needs."""
     if choice.strategy == "reference":
         return Reference(objective, choice.chunk)
     if choice.strategy == "eager":
         return Eager(objective)
-    return Cohort(objective, choice.chunk, frozenset(choice.factored), frozenset(choice.transposed))
+    if choice.strategy == "compiled":
+        try:
+            from homespun.simulation.cohort.compiled import Compiled
+        except ImportError as error:
+            raise InvalidConfig(
+                "the strategy 'compiled' needs llvmlite", hint="pip install homespun[author]"
+            ) from error
+        return Compiled(objective, choice.chunk)
+    return Cohort(objective, choice.chunk, frozenset(choice.factored))
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is known of the work: one round's `batches` of some clients, under one rule."""
+    """What is known of the work: one round's `batches` of some clients, under one rule; `names`: what is measured."""
 
     task: Task
     arena: Arena
@@ -72,6 +100,7 @@ class Tuning:
     rows: Rows
     batches: Batches
     local: Local
+    names: tuple[str, ...] = ("loss",)
     _proven: dict[str, bool] = field(default_factory=dict)
 
     def choices(self, strategy: str, chunk: int | None) -> tuple[Choice, ...]:
@@ -85,8 +114,9 @@ class Tuning:
             return (reference,)
         if strategy == "auto":
             return (*self._measured(chunk), reference)
-        size = 1 if strategy in ALONE else chunk or STACKED_CLIENTS
-        choice = self._of(strategy, size)
+        size = chunk or (COMPILED_CLIENTS if strategy == "compiled" else STACKED_CLIENTS)
+        size = 1 if strategy in ALONE else size
+        choice = Choice(strategy, size, self.worth_factoring() if strategy == "factored" else ())
         return (choice,) if self.proven(choice) else ()
 
     def _measured(self, chunk: int | None) -> list[Choice]:
@@ -111,36 +141,21 @@ class Tuning:
         return [choice for _, choice in sorted(fastest.values(), key=lambda each: each[0])]
 
     def _candidates(self, chunk: int | None) -> Iterator[Choice]:
-        """All that could be fastest, the simplest first."""
+        """All that could be fastest. What is compiled is so by far, if it is: then others are soon given up."""
         clients = len(self.batches.clients)
+        if self.local.linear and not self.local.model.is_cuda:
+            yield Choice("compiled", chunk or COMPILED_CLIENTS)
         if chunk is None or chunk == 1:
             yield from (Choice(strategy, 1) for strategy in ALONE)
         each = self.objective.dimension * self.local.model.element_size()
-        factored = factorable(self.local) and self.worth_factoring()
+        factored = self.worth_factoring() if factorable(self.local) else ()
         # The first size that takes all of these clients is the last; in other rounds there may be more of them.
         for size in (chunk,) if chunk else [size for size in CHUNKS if size // 4 < clients]:
             stacked = chunk or min(size, STACKED_BYTES // each)
             if stacked > (1 if chunk else size // 4):
-                yield self._of("stacked", stacked)
+                yield Choice("stacked", stacked)
             if factored and (chunk or size > CHUNKS[0]):
-                yield self._of("factored", size)
-
-    def _of(self, strategy: str, chunk: int) -> Choice:
-        """A strategy for this model, if nothing else is known."""
-        if strategy in ALONE:
-            return Choice(strategy, chunk)
-        factored = self.worth_factoring() if strategy == "factored" else ()
-        transposed = tuple(name for name in self.worth_transposing() if name not in factored)
-        return Choice(strategy, chunk, factored, transposed)
-
-    def worth_transposing(self) -> tuple[str, ...]:
-        """Matrices whose products with data are all that a step needs: no gradient passes through, the other way."""
-        shapes = self.objective.shapes
-        return tuple(
-            name
-            for name, matrix in self._matrices.items()
-            if matrix.meets_data_only and shapes[name][0] >= TRANSPOSED_OUTPUTS
-        )
+                yield Choice("factored", size, factored)
 
     def worth_factoring(self) -> tuple[str, ...]:
         """Matrices that cost more to read once for every client than the history of their products does.
@@ -151,21 +166,21 @@ class Tuning:
         steps = self.batches.num_steps
         past = float((steps * (steps - 1) / 2).sum() / max(steps.sum(), 1))
         names = []
-        for name, matrix in self._matrices.items():
+        for name, rows in self._product_rows.items():
             shape = self.objective.shapes[name]
-            if shape.numel() >= FACTORED_SIZE and matrix.rows * past * sum(shape) <= shape.numel():
+            if shape.numel() >= FACTORED_SIZE and rows * past * sum(shape) <= shape.numel():
                 names.append(name)
         return tuple(names)
 
     @cached_property
-    def _matrices(self) -> dict[str, _Matrix]:
-        """Parameters that take part in matrix products and nothing else."""
+    def _product_rows(self) -> dict[str, int]:
+        """Of one client's step, for parameters that take part in matrix products and nothing else."""
         counting = _Counting(self.objective, 1)
         try:
             self._run(counting, self._few(clients=1, steps=1), limit=float("inf"))
         except Exception:  # noqa: BLE001  of a model that cannot be run so nothing is known
             return {}
-        return {name: matrix for name, matrix in counting.matrices.items() if matrix.rows}
+        return {name: rows for name, rows in counting.rows.items() if rows}
 
     def proven(self, choice: Choice) -> bool:
         """The strategy gives the reference's updates, in float64, on a few of these clients."""
@@ -194,7 +209,7 @@ class Tuning:
         local = _exact(self.local)
         objective = Objective(self.task, local.model.device, torch.float64)
         rows = Rows(self.arena, self.task.scales, local.model.device, torch.float64)
-        return _Small(few, local, objective, rows)
+        return _Small(few, local, objective, rows, self.names)
 
     def seconds_per_step(self, choice: Choice, limit: float = float("inf")) -> float:
         """Seconds for one step of one client, the share of what a chunk costs once included; infinite as soon as they
@@ -206,19 +221,19 @@ class Tuning:
         count = int(few.num_steps.sum())
         best, begin = float("inf"), time.perf_counter()
         for _ in range(MOST_REPEATS):
-            with suppress(_TooSlow):  # which what is short may be by accident
+            with suppress(TooSlow):  # which what is short may be by accident
                 best = min(best, self._run(trainer, few, limit * count))
             if time.perf_counter() - begin > CERTAIN_SECONDS:
                 break
         return best / count
 
     def _run(self, trainer: Strategy, few: Batches, limit: float = float("inf")) -> float:
-        """Seconds. Raises `_TooSlow` if they are more than `limit`."""
+        """Seconds. Raises `TooSlow` if they are more than `limit`."""
         clients, local = len(few.clients), self.local.part(0, len(few.clients))
         weights, mean = local.model.new_ones(clients), torch.zeros_like(local.model)
         begin = time.perf_counter()
-        steps = _until(begin + limit, self.rows.steps(few))
-        trainer.run(steps, local, clients, Totals(("loss",)), mean, weights)
+        steps = self.rows.steps(few, until=begin + limit)
+        trainer.run(steps, local, clients, Totals(self.names), mean, weights)
         if local.model.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
@@ -238,6 +253,7 @@ class _Small:
     local: Local
     objective: Objective
     rows: Rows
+    names: tuple[str, ...]
     _told: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     def told(self, chunk: int) -> tuple[Tensor, float]:
@@ -248,7 +264,7 @@ class _Small:
 
     def trained(self, choice: Choice) -> tuple[Tensor, float]:
         """Updates [m, d], and the sum of losses."""
-        trainer, totals, parts = build(self.objective, choice), Totals(("loss",)), []
+        trainer, totals, parts = build(self.objective, choice), Totals(self.names), []
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same random numbers, should the model draw any
             for first in range(0, len(self.few.clients), choice.chunk):
@@ -258,35 +274,16 @@ class _Small:
         return update, totals.read()["loss"].sum
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """What one client's step does with a matrix: `rows` of its products, and whether these are data."""
-
-    rows: int
-    meets_data_only: bool
-
-
 class _Counting(Cohort):
-    matrices: dict[str, _Matrix]
+    rows: dict[str, int]
 
     def _descend(self, local: Local, drift: dict[str, Tensor] | None) -> None:
-        self.matrices = {
-            name: _Matrix(slot.product_rows(), slot.meets_data_only())
+        self.rows = {
+            name: slot.product_rows()
             for name, slot in self._slots.items()
             if isinstance(slot, Dense)
         }
         super()._descend(local, drift)
-
-
-class _TooSlow(Exception):  # noqa: N818
-    pass
-
-
-def _until(deadline: float, steps: Iterator[Step]) -> Iterator[Step]:
-    for step in steps:
-        if time.perf_counter() > deadline:
-            raise _TooSlow
-        yield step
 
 
 def _part(batches: Batches, chosen: np.ndarray, steps: int, size: int) -> Batches:
