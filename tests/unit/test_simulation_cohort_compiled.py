@@ -152,7 +152,9 @@ def test_models_of_words(terms):
 @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f2", "f4", "f8"])
 def test_inputs_of_every_type(dtype):
     data = arena()
-    inputs = (data.inputs["x"] * 20).clip(0 if dtype[0] == "u" else -100, 100).astype(dtype)
+    least, most = (0, 200) if dtype[0] == "u" else (-100, 100)
+    inputs = (data.inputs["x"] * 100).clip(least, most).astype(dtype)
+    assert inputs.max() == most
     labels = data.inputs["y"].astype(dtype if dtype[0] != "f" else "u1")
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     given = replace(task(model), scales={"x": 0.125}, loss=LOSSES["cross entropy"])
@@ -172,6 +174,7 @@ def test_vectors_of_each_client():
         given, arena(), LocalRule(start=start, anchor=anchor, correction=correction, proximal=0.3)
     )
     equal(given, arena(), LocalRule(start=start[0], correction=correction))
+    equal(task(Bent()), arena(), LocalRule(correction=correction[0]))
 
 
 def test_a_client_without_rows_changes_nothing():

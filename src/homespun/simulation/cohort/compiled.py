@@ -25,6 +25,7 @@ from homespun.simulation.cohort.parameter import Unsupported
 from homespun.simulation.cohort.program import Recording
 from homespun.simulation.cohort.reference import Reference
 from homespun.simulation.cohort.slots import PRODUCTS
+from homespun.types import AnyArray
 
 Function = Callable[..., int]
 
@@ -46,7 +47,6 @@ PARAMETERS: dict[str, ir.Type] = {
     "weights": POINTER,  # of each client
     "target": POINTER,  # weight * (w - start) is added there
     "target_stride": INDEX,
-    "state": POINTER,  # room for one client's parameters
     "sums": POINTER,  # double: sum and count of each measure
 }
 """Of the kernel; the arena's inputs follow."""
@@ -81,28 +81,27 @@ class Compiled:
             present = np.ascontiguousarray(steps.batches.present[:, part])
             start, drift = made.arranged(local.start), local.drift()
             moves = drift is not None or local.shrink != 1
-            drift = made.arranged(torch.zeros_like(model) if drift is None else drift)
+            if moves:
+                drift = made.arranged(torch.zeros_like(model) if drift is None else drift)
             share = model.new_ones(clients) if weights is None else weights
-            state = torch.empty_like(model)
             sums = torch.zeros(2 * len(totals.names), dtype=torch.float64)
             wrong = made.function(
                 clients,
-                num_steps.ctypes.data,
-                rows.ctypes.data,
-                present.ctypes.data,
+                _address(num_steps),
+                _address(rows),
+                _address(present),
                 start.data_ptr(),
                 _stride(start),
                 moves,
                 local.shrink,
-                drift.data_ptr(),
-                _stride(drift),
+                0 if drift is None else drift.data_ptr(),
+                0 if drift is None else _stride(drift),
                 local.optimizer.learning_rate * local.scale,
                 share.data_ptr(),
                 target.data_ptr(),
                 _stride(target),
-                state.data_ptr(),
                 sums.data_ptr(),
-                *(array.ctypes.data for array in steps.rows.inputs.values()),
+                *map(_address, steps.rows.inputs.values()),
             )
             if wrong:  # an index was out of range: PyTorch says which, or has a meaning for it
                 reference = Reference(self.objective, self.chunk)
@@ -186,6 +185,11 @@ def _order(parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat(places)
 
 
+def _address(array: AnyArray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 def _stride(vectors: Tensor) -> int:
     """From a client's vector to the next one's."""
     return vectors.stride(0) if vectors.dim() > 1 else 0
@@ -219,16 +223,17 @@ class _Writer:
             )
             for each in data
         )
-        # Parameters [1, *shape] lie one behind another, as in the flat vector.
-        self.parameters, self.dimension = dict[str, Array](), 0
-        places = []
-        for name, tensor in zip(names, recording.arguments[recordable.num_rows :], strict=True):
-            begin = self.kernel.index(self.dimension)
-            pointer = self.kernel.moved(self.given["state"], self.kernel.real, (begin, 1))
+        # One client's parameters [1, *shape] lie one behind another, as in the flat vector.
+        tensors = recording.arguments[recordable.num_rows :]
+        self.dimension = sum(tensor.numel() for tensor in tensors)
+        self.state = self.kernel.room([self.dimension], None)
+        self.parameters, places, begin = dict[str, Array](), list[Array](), 0
+        for name, tensor in zip(names, tensors, strict=True):
+            offset = self.kernel.index(begin)
+            pointer = self.kernel.moved(self.state.pointer, self.kernel.real, (offset, 1))
             places.append(Array(pointer, self.kernel.real, tuple(tensor.shape), tensor.stride()))
             self.parameters[name] = places[-1].without_first()
-            self.dimension += tensor.numel()
-        self.state = Array.packed(self.given["state"], self.kernel.real, [self.dimension])
+            begin += tensor.numel()
         self.lowering = Lowering(self.kernel, recording, [*self.inputs, self.weight, *places])
 
     def written(self, measures: int) -> Function:

@@ -143,8 +143,7 @@ class Tuning:
     def _candidates(self, chunk: int | None) -> Iterator[Choice]:
         """All that could be fastest. What is compiled is so by far, if it is: then others are soon given up."""
         clients = len(self.batches.clients)
-        if self.local.linear and not self.local.model.is_cuda:
-            yield Choice("compiled", chunk or COMPILED_CLIENTS)
+        yield Choice("compiled", chunk or COMPILED_CLIENTS)
         if chunk is None or chunk == 1:
             yield from (Choice(strategy, 1) for strategy in ALONE)
         each = self.objective.dimension * self.local.model.element_size()
