@@ -13,9 +13,11 @@ from homespun.errors import InvalidConfig
 from homespun.learning.method import LocalRule
 from homespun.plan.build.losses import cross_entropy
 from homespun.simulation.arena import Arena
-from homespun.simulation.cohort import compiled
+from homespun.simulation.cohort import compiled, tuning
 from homespun.simulation.cohort.engine import CohortEngine
+from homespun.simulation.cohort.local import resolve
 from homespun.simulation.cohort.results import Choice
+from homespun.simulation.cohort.tuning import Tuning
 from tests.unit.simulation_cohorts import SIZES, Perceptron, arena, batches, task, top1
 
 COMPILED = Choice("compiled", 3)
@@ -256,6 +258,28 @@ def test_small_models_are_compiled():
     subject = CohortEngine(task(Perceptron()), data)
     subject.train(subject.initial(), batches(data), RULE)
     assert subject.choices[0].strategy == "compiled"
+
+
+def test_a_long_call_is_measured_on_few_clients_and_a_hopeless_one_on_one(monkeypatch):
+    data = arena()
+    made = CohortEngine(task(Perceptron()), data)
+    local = resolve(RULE, made.task.optimizer, made.initial(), len(SIZES))
+    work = Tuning(made.task, data, made.objective, made.rows, batches(data), local)
+    calls = []
+    run = compiled.Compiled.run
+
+    def counted(self, steps, local, clients, *others):
+        calls.append(clients)
+        return run(self, steps, local, clients, *others)
+
+    monkeypatch.setattr(compiled.Compiled, "run", counted)
+    assert 0 < work.seconds_per_step(COMPILED, limit=60.0) < 60.0
+    assert max(calls) == COMPILED.chunk
+    monkeypatch.setattr(tuning, "CERTAIN_SECONDS", 0.0)
+    calls.clear()
+    assert work.seconds_per_step(COMPILED) < float("inf")
+    assert work.seconds_per_step(COMPILED, limit=0.0) == float("inf")
+    assert max(calls) == 1
 
 
 def test_a_mask_that_was_there_before_is_refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -151,14 +152,15 @@ class _Made:
 
     def arranged(self, vector: Tensor) -> Tensor:
         """[d] or [m, d], from the flat order to the kernel's."""
-        return vector.contiguous() if self.order is None else vector[..., self.order]
+        return vector.contiguous() if self.order is None else vector.index_select(-1, self.order)
 
     def restored(self, vector: Tensor) -> Tensor:
-        if self.order is None:
-            return vector
-        result = torch.empty_like(vector)
-        result[..., self.order] = vector
-        return result
+        return vector if self.order is None else vector.index_select(-1, self._back)
+
+    @cached_property
+    def _back(self) -> Tensor:
+        assert self.order is not None
+        return torch.argsort(self.order)
 
 
 def _worth_transposing(records: Records, shapes: Mapping[str, torch.Size]) -> set[str]:

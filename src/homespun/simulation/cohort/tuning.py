@@ -141,11 +141,11 @@ class Tuning:
         return [choice for _, choice in sorted(fastest.values(), key=lambda each: each[0])]
 
     def _candidates(self, chunk: int | None) -> Iterator[Choice]:
-        """All that could be fastest. What is compiled is so by far, if it is: then others are soon given up."""
+        """All that could be fastest, the simplest first."""
         clients = len(self.batches.clients)
-        yield Choice("compiled", chunk or COMPILED_CLIENTS)
         if chunk is None or chunk == 1:
             yield from (Choice(strategy, 1) for strategy in ALONE)
+        yield Choice("compiled", chunk or COMPILED_CLIENTS)
         each = self.objective.dimension * self.local.model.element_size()
         factored = self.worth_factoring() if factorable(self.local) else ()
         # The first size that takes all of these clients is the last; in other rounds there may be more of them.
@@ -213,10 +213,14 @@ class Tuning:
     def seconds_per_step(self, choice: Choice, limit: float = float("inf")) -> float:
         """Seconds for one step of one client, the share of what a chunk costs once included; infinite as soon as they
         are certain to be more than `limit`."""
-        trainer = build(self.objective, choice)
+        trainer, clients = build(self.objective, choice), choice.chunk
+        if choice.strategy == "compiled":
+            clients = self._affordable(trainer, clients, limit)
+            if not clients:
+                return float("inf")
         # Memory, kernels and the recorded step are there after that.
-        self._run(trainer, self._few(choice.chunk, steps=1))
-        few = self._few(choice.chunk, MOST_STEPS)
+        self._run(trainer, self._few(clients, steps=1))
+        few = self._few(clients, MOST_STEPS)
         count = int(few.num_steps.sum())
         best, begin = float("inf"), time.perf_counter()
         for _ in range(MOST_REPEATS):
@@ -225,6 +229,14 @@ class Tuning:
             if time.perf_counter() - begin > CERTAIN_SECONDS:
                 break
         return best / count
+
+    def _affordable(self, compiled: Strategy, clients: int, limit: float) -> int:
+        """How many of `clients` to measure in one call, which nothing can stop; 0 if steps take longer than `limit`."""
+        one = self._few(1, MOST_STEPS)
+        self._run(compiled, one)
+        seconds = self._run(compiled, one)
+        hopeless = seconds > CERTAIN_SECONDS and seconds > limit * int(one.num_steps.sum())
+        return 0 if hopeless else min(clients, 1 + int(CERTAIN_SECONDS / seconds))
 
     def _run(self, trainer: Strategy, few: Batches, limit: float = float("inf")) -> float:
         """Seconds. Raises `TooSlow` if they are more than `limit`."""
