@@ -221,6 +221,15 @@ def test_a_model_that_is_not_finite_stays_so():
     assert np.isnan(metrics["loss"].sum)
 
 
+class Nothing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only, self.nothing = nn.Linear(5, 3), nn.Parameter(torch.empty(0))
+
+    def forward(self, x):
+        return self.only(x) + self.nothing.sum()
+
+
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -228,8 +237,9 @@ def test_a_model_that_is_not_finite_stays_so():
         (Perceptron(), {"max_grad_norm": 1.0}),
         (nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), {}),
         (nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3)), {}),
+        (Nothing(), {}),
     ],
-    ids=["momentum", "clipping", "an operation", "random numbers"],
+    ids=["momentum", "clipping", "an operation", "random numbers", "no elements"],
 )
 def test_what_is_not_compiled_is_trained_otherwise(model, options):
     data, given = arena(), task(model, **options)

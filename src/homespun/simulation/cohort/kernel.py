@@ -266,9 +266,8 @@ class Kernel:
         if left.strides[1] == right.strides[0] == 1 and left.shape[1] > 1:
             self._by_dots(target, left, right, onto, factor)
             return
-        if (
-            target.strides[1] != 1 and target.strides[0] == left.strides[0] == 1
-        ):  # the transpose of it all
+        if target.strides[1] != 1 and target.strides[0] == left.strides[0] == 1:
+            # The transpose of it all has its lanes in a row.
             target, left, right = (a.ordered([1, 0]) for a in (target, right, left))
             onto = onto and onto.ordered([1, 0])
         self._by_columns(target, left, right, onto, factor)
@@ -512,7 +511,7 @@ class _Machine:
 
     def target(self) -> llvm.TargetMachine:
         return llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=self.features, opt=3
+            cpu=llvm.get_host_cpu_name(), features=self.features, opt=3, jit=True
         )
 
 

@@ -27,10 +27,12 @@ class Lowering:
     """Writes a recording's operations into a kernel. `places`: the array of each of the recording's arguments."""
 
     def __init__(self, kernel: Kernel, recording: Recording, places: Sequence[Array]) -> None:
+        """Raises `Unsupported`."""
         self.kernel, self._recording = kernel, recording
         self.constants: list[Tensor] = []
         self._memory: dict[int, tuple[Number, int]] = {}
         for tensor, array in zip(recording.arguments, places, strict=True):
+            _check_elements(tensor)
             self._memory[_memory(tensor)] = array.pointer, int(tensor.storage_offset())
 
     def write(self) -> None:
@@ -55,6 +57,7 @@ class Lowering:
 
     def array(self, tensor: Tensor) -> Array:
         """Where a tensor of the recording is; one that was there before is a constant."""
+        _check_elements(tensor)
         memory, element = _memory(tensor), self._element(tensor)
         if memory not in self._memory:
             if tensor.dtype == torch.bool:
@@ -137,6 +140,11 @@ class Lowering:
 
 def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _check_elements(tensor: Tensor) -> None:
+    if not tensor.numel():  # a loop runs at least once
+        raise Unsupported("tensors without elements are not compiled")
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
