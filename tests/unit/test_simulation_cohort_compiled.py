@@ -221,6 +221,19 @@ def test_a_model_that_is_not_finite_stays_so():
     assert np.isnan(metrics["loss"].sum)
 
 
+class Masking(nn.Module):
+    """Numbers as a mask, masks as whole numbers: what is 0 or 1 elsewhere."""
+
+    def __init__(self, counted):
+        super().__init__()
+        self.only, self.counted = nn.Linear(5, 3), counted
+
+    def forward(self, x):
+        if self.counted:
+            return self.only(x) * (x > 0).sum(1, keepdim=True)
+        return self.only(x) * x[:, :1].round().bool()
+
+
 class Nothing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -238,8 +251,18 @@ class Nothing(nn.Module):
         (nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), {}),
         (nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3)), {}),
         (Nothing(), {}),
+        (Masking(counted=True), {}),
+        (Masking(counted=False), {}),
     ],
-    ids=["momentum", "clipping", "an operation", "random numbers", "no elements"],
+    ids=[
+        "momentum",
+        "clipping",
+        "an operation",
+        "random numbers",
+        "no elements",
+        "counts",
+        "masks",
+    ],
 )
 def test_what_is_not_compiled_is_trained_otherwise(model, options):
     data, given = arena(), task(model, **options)

@@ -166,6 +166,9 @@ class Kernel:
         return self.at.load(pointer, align=_bytes(array.element), typ=kind)
 
     def write(self, array: Array, place: Sequence[Number], value: Number) -> None:
+        lanes = isinstance(value.type, ir.VectorType)
+        if (value.type.element if lanes else value.type) != array.element:
+            raise TypeError(f"{value.type} is not {array.element}")
         pointer = self.moved(array.pointer, array.element, *zip(place, array.strides, strict=True))
         self.at.store(value, pointer, align=_bytes(array.element))
 

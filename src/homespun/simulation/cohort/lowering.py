@@ -43,7 +43,10 @@ class Lowering:
                 for result in _tensors(call.results):
                     room = self.kernel.room(result.shape, result.stride(), self._element(result))
                     self._memory[_memory(result)] = room.pointer, 0
-            target = self.array(_tensors(call.results)[0])
+            (first, *_) = _tensors(call.results)
+            if first.dtype == torch.bool and name.removesuffix("_") not in MASKS:
+                raise Unsupported("only comparisons make masks here")
+            target = self.array(first)
             options = {name: each for name, each in call.kwargs.items() if name not in OF_RESULTS}
             numbers = ELEMENTWISE.get(name.removesuffix("_"))
             if numbers and set(options) <= {"alpha"}:
@@ -222,6 +225,7 @@ ELEMENTWISE: dict[str, Callable[..., Number]] = {
     "tanh_backward": _tanh_backward,
 }
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+MASKS = (*COMPARISONS, "logical_and")
 
 
 # --- operations on whole arrays
