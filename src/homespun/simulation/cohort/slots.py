@@ -80,9 +80,10 @@ class Dense:
         """[a, R, i] -> rows @ W^T + bias, [a, R, o]; flipped: [a, R, o] -> rows @ W + bias."""
         if self.clients == 1:
             matrix = self.stack[0] if flip else self.stack[0].t()
-            if bias is None:
-                return torch.mm(rows[0], matrix)[None]
-            return torch.addmm(bias.stack[0], rows[0], matrix)[None]
+            product = torch.mm(rows[0], matrix)
+            if bias is not None:  # which `addmm` would first write into all rows
+                product.add_(bias.stack[0])
+            return product[None]
         matrix = self.here if flip else self.here.transpose(1, 2)
         if bias is None:
             return torch.bmm(rows, matrix)
