@@ -84,7 +84,7 @@ class Compiled:
             moves = drift is not None or local.shrink != 1
             if moves:
                 drift = made.arranged(torch.zeros_like(model) if drift is None else drift)
-            share = model.new_ones(clients) if weights is None else weights
+            share = model.new_ones(clients) if weights is None else weights.contiguous()
             sums = torch.zeros(2 * len(totals.names), dtype=torch.float64)
             wrong = made.function(
                 clients,
