@@ -122,16 +122,16 @@ class Device:
 
     def stop(self) -> None:
         """Stop taking part; returns when the background process has ended. Nothing of its work is left."""
+        from homespun.device.ending import end
+
         process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin is not None
         process.stdin.close()
-        try:
-            process.wait(STOPPING_S)
-        except subprocess.TimeoutExpired:
-            process.kill()  # which a device must survive at any time
-            process.wait()
+        end(
+            process, STOPPING_S
+        )  # by killing it if need be, which a device must survive at any time
 
     @property
     def is_running(self) -> bool:

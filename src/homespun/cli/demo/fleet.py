@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from homespun.clock import SystemClock
+from homespun.device.ending import end
 from homespun.errors import HomespunError, StorageFailure
 
 STOP_S = 8.0
@@ -71,11 +72,7 @@ class Process:
         if self._process is None:
             return
         self.ask_to_stop()
-        try:
-            self._process.wait(max(0.1, deadline - SystemClock().now()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process, max(0.1, deadline - SystemClock().now()))
 
 
 def stop_all(processes: Sequence[Process]) -> None:
