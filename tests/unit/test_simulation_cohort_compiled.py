@@ -234,6 +234,20 @@ class Masking(nn.Module):
         return self.only(x) * x[:, :1].round().bool()
 
 
+def below_half(outputs, batch):
+    """A whole number compared with one that is none."""
+    return (batch["y"] < 0.5).to(outputs.dtype)
+
+
+def test_whole_numbers_are_compared_with_whole_numbers_only():
+    zero = lambda outputs, batch: (batch["y"] < 1).to(outputs.dtype)  # noqa: E731
+    equal(replace(task(Perceptron()), metrics={"zero": zero}), arena())
+    given = replace(task(Perceptron()), metrics={"below": below_half})
+    subject = CohortEngine(given, arena(), strategy="compiled", train_metrics=True)
+    with pytest.raises(InvalidConfig, match="cannot train this model"):
+        subject.train(subject.initial(), batches(arena()), RULE)
+
+
 class Nothing(nn.Module):
     def __init__(self):
         super().__init__()

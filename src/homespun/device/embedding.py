@@ -129,9 +129,7 @@ class Device:
             return
         assert process.stdin is not None
         process.stdin.close()
-        end(
-            process, STOPPING_S
-        )  # by killing it if need be, which a device must survive at any time
+        end(process, STOPPING_S)  # which may kill it: a device must survive that at any time
 
     @property
     def is_running(self) -> bool:

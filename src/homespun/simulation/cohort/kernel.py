@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from math import e, factorial, log, log2, prod
+from math import e, factorial, inf, log, log2, prod
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -102,11 +102,9 @@ class Kernel:
 
     def number(self, value: float, like: ir.Type | None = None) -> Number:
         """A constant, in as many lanes as the type `like` has."""
-        kind = like or self.real
-        lanes = kind.count if isinstance(kind, ir.VectorType) else 0
-        element = kind.element if lanes else kind
-        constant = ir.Constant(element, (int if element == INDEX else float)(value))
-        return ir.Constant(kind, [constant] * lanes) if lanes else constant
+        element, lanes = _parts(like or self.real)
+        constant = ir.Constant(element, (float if element == self.real else int)(value))
+        return constant if lanes == 1 else ir.Constant(like, [constant] * lanes)
 
     def spread(self, value: Number, kind: ir.Type) -> Number:
         """A number in each lane of a type."""
@@ -121,11 +119,11 @@ class Kernel:
         return ir.Constant(ir.IntType(32), place)
 
     def kind(self, width: int) -> ir.Type:
-        return self.real if width == 1 else ir.VectorType(self.real, width)
+        return _lanes(self.real, width)
 
     def alike(self, value: Number) -> ir.Type:
         """Real numbers in as many lanes."""
-        return self.kind(value.type.count if isinstance(value.type, ir.VectorType) else 1)
+        return self.kind(_parts(value.type)[1])
 
     def variable(self, kind: ir.Type, value: Number) -> Number:
         with self.at.goto_block(self._entry):
@@ -159,15 +157,14 @@ class Kernel:
     def read(self, array: Array, place: Sequence[Number], width: int = 1) -> Number:
         """The number there, or with `width` that and those beside it in the last axis."""
         pointer = self.moved(array.pointer, array.element, *zip(place, array.strides, strict=True))
-        kind = array.element if width == 1 else ir.VectorType(array.element, width)
+        kind = _lanes(array.element, width)
         if width > 1 and not array.strides[-1]:
             value = self.at.load(pointer, align=_bytes(array.element), typ=array.element)
             return self.spread(value, kind)
         return self.at.load(pointer, align=_bytes(array.element), typ=kind)
 
     def write(self, array: Array, place: Sequence[Number], value: Number) -> None:
-        lanes = isinstance(value.type, ir.VectorType)
-        if (value.type.element if lanes else value.type) != array.element:
+        if _parts(value.type)[0] != array.element:
             raise TypeError(f"{value.type} is not {array.element}")
         pointer = self.moved(array.pointer, array.element, *zip(place, array.strides, strict=True))
         self.at.store(value, pointer, align=_bytes(array.element))
@@ -338,7 +335,7 @@ class Kernel:
         if factor is not None:
             value = self._times(factor, value)
         if onto is not None:
-            width = value.type.count if isinstance(value.type, ir.VectorType) else 1
+            _, width = _parts(value.type)
             value = self.at.fadd(self.read(onto, place, width), value, flags=REASSOCIATED)
         self.write(target, place, value)
 
@@ -356,7 +353,7 @@ class Kernel:
 
     def _padded(self, value: Number, lanes: int) -> Number:
         """With zeros in the lanes that are missing."""
-        width = value.type.count if isinstance(value.type, ir.VectorType) else 1
+        _, width = _parts(value.type)
         if width == lanes:
             return value
         if width == 1:
@@ -372,12 +369,10 @@ class Kernel:
 
     def converted(self, value: Number, element: ir.Type, signed: bool = True) -> Number:
         """As numbers of another type; whole numbers are `signed` or not."""
-        kind, lanes = value.type, 0
-        if isinstance(kind, ir.VectorType):
-            kind, lanes = kind.element, kind.count
+        kind, lanes = _parts(value.type)
         if kind == element:
             return value
-        wanted = ir.VectorType(element, lanes) if lanes else element
+        wanted = _lanes(element, lanes)
         if isinstance(kind, ir.IntType):
             if isinstance(element, ir.IntType):
                 return (self.at.sext if signed else self.at.zext)(value, wanted)
@@ -390,9 +385,10 @@ class Kernel:
         return self._reduced(value, "fmax")
 
     def _reduced(self, value: Number, operation: str, *first: Number) -> Number:
-        if not isinstance(value.type, ir.VectorType):
+        _, lanes = _parts(value.type)
+        if lanes == 1:
             return value
-        name = f"llvm.vector.reduce.{operation}.v{value.type.count}{self._suffix}"
+        name = f"llvm.vector.reduce.{operation}.v{lanes}{self._suffix}"
         kind = ir.FunctionType(self.real, [*(each.type for each in first), value.type])
         function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
         return self.at.call(function, [*first, value], fastmath=REASSOCIATED)
@@ -402,18 +398,11 @@ class Kernel:
         return self.at.select(self.at.fcmp_ordered(">", one, other), one, other)
 
     def exp(self, value: Number) -> Number:
-        """Within some units in the last place; from the smallest normal number to about the largest."""
+        """Within some units in the last place; 0 below the smallest normal number, infinite above half the largest."""
         kind = value.type
         digits, bias, whole = self._format(kind)
-        low, high = -bias * log(2) + log(2), bias * log(2)
-        value = self.at.select(
-            self.at.fcmp_ordered("<", value, self.number(low, kind)), self.number(low, kind), value
-        )
-        value = self.at.select(
-            self.at.fcmp_ordered(">", value, self.number(high, kind)),
-            self.number(high, kind),
-            value,
-        )
+        low, high = (self.number(power * log(2), kind) for power in (1 - bias, bias))
+        below, above = self.at.fcmp_ordered("<", value, low), self.at.fcmp_ordered(">", value, high)
         # Adding 1.5 * 2^digits leaves the nearest whole number in the last bits.
         magic = self.number(1.5 * 2.0**digits, kind)
         shifted = self.at.fadd(self.at.fmul(value, self.number(log2(e), kind)), magic)
@@ -424,9 +413,11 @@ class Kernel:
         for term in reversed(range(8 if digits < 52 else 14)):
             product = self.at.fmul(result, value, flags=FUSED)
             result = self.at.fadd(product, self.number(1 / factorial(term), kind), flags=FUSED)
-        exponent = self.at.add(self.at.bitcast(shifted, whole), self._whole(bias, whole))
-        scale = self.at.shl(exponent, self._whole(digits, whole))
-        return self.at.fmul(result, self.at.bitcast(scale, kind))
+        exponent = self.at.add(self.at.bitcast(shifted, whole), self.number(bias, whole))
+        scale = self.at.shl(exponent, self.number(digits, whole))
+        result = self.at.fmul(result, self.at.bitcast(scale, kind))
+        result = self.at.select(above, self.number(inf, kind), result)
+        return self.at.select(below, self.number(0.0, kind), result)
 
     def log(self, value: Number) -> Number:
         """Of a normal positive number; NaN and infinity give NaN."""
@@ -435,8 +426,8 @@ class Kernel:
         bits = self.at.bitcast(value, whole)
         # value = near * 2^power, where near is from sqrt(1/2) to sqrt(2)
         half = self.at.bitcast(self.number(0.5**0.5, kind), whole)
-        power = self.at.ashr(self.at.sub(bits, half), self._whole(digits, whole))
-        near = self.at.sub(bits, self.at.shl(power, self._whole(digits, whole)))
+        power = self.at.ashr(self.at.sub(bits, half), self.number(digits, whole))
+        near = self.at.sub(bits, self.at.shl(power, self.number(digits, whole)))
         near, one = self.at.bitcast(near, kind), self.number(1.0, kind)
         ratio = self.at.fdiv(self.at.fsub(near, one), self.at.fadd(near, one))
         square = self.at.fmul(ratio, ratio)
@@ -455,13 +446,7 @@ class Kernel:
     def _format(self, kind: ir.Type) -> tuple[int, int, ir.Type]:
         """Binary digits, bias of the exponent, and the whole numbers of the same lanes (IEEE 754)."""
         digits, bias, bits = (23, 127, 32) if self._suffix == "f32" else (52, 1023, 64)
-        whole = ir.IntType(bits)
-        lanes = kind.count if isinstance(kind, ir.VectorType) else 0
-        return digits, bias, ir.VectorType(whole, lanes) if lanes else whole
-
-    @staticmethod
-    def _whole(value: int, kind: ir.Type) -> Number:
-        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+        return digits, bias, _lanes(ir.IntType(bits), _parts(kind)[1])
 
 
 _LOG_2 = {
@@ -469,6 +454,15 @@ _LOG_2 = {
     "f64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
 }
 """log(2) as a sum, whose first part times a power of a number is exact."""
+
+
+def _parts(kind: ir.Type) -> tuple[ir.Type, int]:
+    """The type of one number, and the number of lanes."""
+    return (kind.element, kind.count) if isinstance(kind, ir.VectorType) else (kind, 1)
+
+
+def _lanes(element: ir.Type, count: int) -> ir.Type:
+    return element if count == 1 else ir.VectorType(element, count)
 
 
 def _bytes(element: ir.Type) -> int:

@@ -132,13 +132,17 @@ class Lowering:
             compare = at.fcmp_unordered if sign == "!=" else at.fcmp_ordered
             return at.uitofp(compare(sign, one, other), one.type)
 
-        if len({source.element for source in sources}) > 1:
+        fraction = isinstance(arguments[1], float) and not arguments[1].is_integer()
+        if len({source.element for source in sources}) > 1 or (
+            sources[0].element == INDEX and fraction
+        ):
             raise Unsupported("comparisons of whole numbers with others are not compiled")
         self.kernel.each(target, sources, value)
 
     def _constant(self, value: Any, kind: ir.Type) -> Any:
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return self.kernel.number(value, kind) if numeric else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        return self.kernel.number(value, kind)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -262,11 +266,6 @@ def _sum(
 
 def _mm(lowering: Lowering, target: Array, left: Tensor, right: Tensor) -> None:
     lowering.kernel.product(target, lowering.array(left), lowering.array(right))
-
-
-def _addmm(lowering: Lowering, target: Array, onto: Tensor, left: Tensor, right: Tensor) -> None:
-    arrays = (lowering.array(each) for each in (left, right, onto))
-    lowering.kernel.product(target, *arrays)
 
 
 def _log_softmax(lowering: Lowering, target: Array, source: Tensor, axis: int, _: bool) -> None:
@@ -505,7 +504,6 @@ OPERATIONS: dict[str, Callable[..., None]] = {
     "ones_like": _ones,
     "sum": _sum,
     "mm": _mm,
-    "addmm": _addmm,
     "amax": _amax,
     "argmax": _argmax,
     "_log_softmax": _log_softmax,
