@@ -13,7 +13,7 @@ from homespun.errors import InvalidConfig
 from homespun.learning.method import LocalRule
 from homespun.plan.build.losses import cross_entropy
 from homespun.simulation.arena import Arena
-from homespun.simulation.cohort import compiled, tuning
+from homespun.simulation.cohort import compiled, lowering, tuning
 from homespun.simulation.cohort.engine import CohortEngine
 from homespun.simulation.cohort.local import resolve
 from homespun.simulation.cohort.results import Choice
@@ -298,6 +298,18 @@ def test_without_the_compiler_there_are_other_strategies(monkeypatch):
     resumed.choices = (COMPILED,)
     with pytest.raises(InvalidConfig, match="needs llvmlite"):
         resumed.train(resumed.initial(), batches(data), RULE)
+
+
+def test_what_is_measured_is_proven_too(monkeypatch):
+    wrong = dict(lowering.COMPARISONS, lt="<=")
+    monkeypatch.setattr(lowering, "COMPARISONS", wrong)
+    low = replace(task(Perceptron()), metrics={"low": lambda o, b: (b["y"] < 1).to(o.dtype)})
+    ones = arena()
+    ones.inputs["y"][:] = 1
+    subject = CohortEngine(low, ones, train_metrics=True, dtype=torch.float64)
+    _, metrics = subject.train(subject.initial(), batches(ones), RULE)
+    assert metrics["low"].sum == 0
+    assert "compiled" not in {choice.strategy for choice in subject.choices}
 
 
 def test_small_models_are_compiled():
