@@ -51,7 +51,6 @@ class Cohort:
         self,
         steps: Steps,
         local: Local,
-        clients: int,
         totals: Totals,
         mean: Tensor | None = None,
         weights: Tensor | None = None,
@@ -62,14 +61,14 @@ class Cohort:
         """
         if self.factored and not factorable(local):
             raise Unsupported("factored parameters need plain steps from the model")
-        if clients != self._clients:
-            self._build(clients)
+        active = steps.num_clients
+        if active != self._clients:
+            self._build(active)
         parts = {name: local.start[..., bounds] for name, bounds in self._slices.items()}
         plain = local.shrink == 1 and not local.pull
         for name, slot in self._slots.items():
             slot.begin(parts[name], plain)
         drift = self._drift(local)
-        active = clients
         for step in steps:
             if step.active != active:
                 active = step.active

@@ -64,7 +64,6 @@ class Compiled:
         self,
         steps: Steps,
         local: Local,
-        clients: int,
         totals: Totals,
         mean: Tensor | None = None,
         weights: Tensor | None = None,
@@ -73,7 +72,8 @@ class Compiled:
 
         Raises `Unsupported` where the model does what is not compiled, or the rule wants whole gradients.
         """
-        model, part = local.model, slice(steps.first, steps.last)
+        model, clients = local.model, steps.num_clients
+        part = slice(steps.first, steps.last)
         target = model.new_zeros(*([clients] if mean is None else []), len(model))
         num_steps = np.ascontiguousarray(steps.batches.num_steps[part])
         if num_steps.any():
@@ -106,7 +106,7 @@ class Compiled:
             )
             if wrong:  # an index was out of range: PyTorch says which, or has a meaning for it
                 reference = Reference(self.objective, self.chunk)
-                return reference.run(steps, local, clients, totals, mean, weights)
+                return reference.run(steps, local, totals, mean, weights)
             target = made.restored(target)
             for index in range(len(totals.names)):
                 totals.add(index, *sums[2 * index : 2 * index + 2])

@@ -37,7 +37,6 @@ class Eager:
         self,
         steps: Steps,
         local: Local,
-        clients: int,
         totals: Totals,
         mean: Tensor | None = None,
         weights: Tensor | None = None,

@@ -89,11 +89,8 @@ class CohortEngine:
         totals = self._totals()
         gradient = None
         if rule.wants_gradient:
-            clients = len(batches.clients)
-            epoch = self._first_epoch(batches)
-            gradient = reference.gradients(
-                self.objective, self.rows.steps(epoch), local.start, clients
-            )
+            epoch = self.rows.steps(self._first_epoch(batches))
+            gradient = reference.gradients(self.objective, epoch, local.start)
         update = self._train(batches, local, totals, None)
         result = LocalResult(
             update=update,
@@ -137,7 +134,7 @@ class CohortEngine:
                 last = min(first + size, clients)
                 steps, mine = self.rows.steps(batches, first, last), local.part(first, last)
                 share = None if weights is None else weights[first:last]
-                update = strategy.run(steps, mine, last - first, totals, mean, share)
+                update = strategy.run(steps, mine, totals, mean, share)
                 if update is not None:
                     parts.append(update)
         return torch.cat(parts) if mean is None else mean
@@ -174,12 +171,8 @@ class CohortEngine:
 
     def _losses(self, parameters: Tensor, batches: Batches) -> Tensor:
         """[m]: mean loss of each client's rows of the round."""
-        return reference.losses(
-            self.objective,
-            self.rows.steps(self._first_epoch(batches)),
-            parameters,
-            len(batches.clients),
-        )
+        epoch = self.rows.steps(self._first_epoch(batches))
+        return reference.losses(self.objective, epoch, parameters)
 
     def _first_epoch(self, batches: Batches) -> Batches:
         """Every row of the round once."""

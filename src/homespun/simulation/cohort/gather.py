@@ -57,6 +57,10 @@ class Steps:
     last: int
     until: float
 
+    @property
+    def num_clients(self) -> int:
+        return self.last - self.first
+
     def __iter__(self) -> Iterator[Step]:
         """Raises `TooSlow`."""
         for step in self._steps():

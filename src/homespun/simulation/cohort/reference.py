@@ -27,26 +27,23 @@ class Reference:
         self,
         steps: Steps,
         local: Local,
-        clients: int,
         totals: Totals,
         mean: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor | None:
         """The clients' updates [m, d]; with `mean` [d] and `weights` [m], their weighted sum is added to `mean`."""
-        update = updates(self.objective, steps, local, clients, totals)
+        update = updates(self.objective, steps, local, totals)
         if mean is None or weights is None:
             return update
         mean += weights @ update
         return None
 
 
-def updates(
-    objective: Objective, steps: Steps, local: Local, clients: int, totals: Totals
-) -> Tensor:
+def updates(objective: Objective, steps: Steps, local: Local, totals: Totals) -> Tensor:
     """[m, d]: what each client's steps changed."""
     # Lockstep order serves the other strategies; here the clients only have to be told apart.
-    current = list(local.start.expand(clients, -1).clone())
-    velocity: list[Tensor | None] = [None] * clients
+    current = list(local.start.expand(steps.num_clients, -1).clone())
+    velocity: list[Tensor | None] = [None] * len(current)
     for step in steps:
         for client, (batch, weight) in enumerate(_clients(step)):
             gradient = _gradient(objective, current[client], batch, weight, totals)
@@ -80,11 +77,11 @@ def stepped(
     return current - optimizer.learning_rate * gradient, velocity
 
 
-def gradients(objective: Objective, steps: Steps, start: Tensor, clients: int) -> Tensor:
+def gradients(objective: Objective, steps: Steps, start: Tensor) -> Tensor:
     """[m, d]: the gradient of each client's mean loss over all its rows at `start`, [d] or [m, d]."""
-    points = start.expand(clients, -1)
+    points = start.expand(steps.num_clients, -1)
     sums = torch.zeros_like(points)
-    counts = points.new_zeros(clients)
+    counts = points.new_zeros(len(points))
     for step in steps:
         for client, (batch, weight) in enumerate(_clients(step)):
             with torch.enable_grad():
@@ -119,9 +116,9 @@ def _clients(step: Step) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         yield {name: tensor[rows] for name, tensor in step.batch.items()}, step.weight[rows]
 
 
-def losses(objective: Objective, steps: Steps, point: Tensor, clients: int) -> Tensor:
+def losses(objective: Objective, steps: Steps, point: Tensor) -> Tensor:
     """[m]: mean loss of each client's rows with the same parameters [d]."""
-    sums = point.new_zeros(clients, 2)
+    sums = point.new_zeros(steps.num_clients, 2)
     named = objective.named(point)
     with torch.inference_mode():
         for step in steps:

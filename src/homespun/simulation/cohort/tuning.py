@@ -40,7 +40,6 @@ class Strategy(Protocol):
         self,
         steps: Steps,
         local: Local,
-        clients: int,
         totals: Totals,
         mean: Tensor | None = None,
         weights: Tensor | None = None,
@@ -244,7 +243,7 @@ class Tuning:
         weights, mean = local.model.new_ones(clients), torch.zeros_like(local.model)
         begin = time.perf_counter()
         steps = self.rows.steps(few, until=begin + limit)
-        trainer.run(steps, local, clients, Totals(self.names), mean, weights)
+        trainer.run(steps, local, Totals(self.names), mean, weights)
         if local.model.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
@@ -280,7 +279,7 @@ class _Small:
             torch.manual_seed(0)  # the same random numbers, should the model draw any
             for first in range(0, len(self.few.clients), choice.chunk):
                 steps = self.rows.steps(self.few, first, first + choice.chunk)
-                parts.append(trainer.run(steps, self.local, choice.chunk, totals))
+                parts.append(trainer.run(steps, self.local, totals))
         update = torch.cat([part for part in parts if part is not None])
         return update, [value.sum for value in totals.read().values()]
 
