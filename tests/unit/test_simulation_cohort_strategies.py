@@ -209,6 +209,29 @@ def test_one_slow_measurement_of_what_is_short_proves_nothing(monkeypatch):
     assert seconds < float("inf")
 
 
+def test_the_two_fastest_are_measured_in_turns_before_one_is_chosen(monkeypatch):
+    """The machine is slow while the faster one of two is measured for the first time."""
+    subject = measuring(Perceptron(), "vectors", 2)
+    usual = {"eager": 0.11, "sequential": 0.10}
+    measured = []
+
+    def run(self, trainer, few, limit=float("inf")):
+        name = trainer.strategy
+        measured.append(name)
+        first = measured.count(name) <= 2  # once to warm up, then its only measurement
+        return usual[name] * (1.2 if name == "sequential" and first else 1.0)
+
+    monkeypatch.setattr(tuning, "build", lambda objective, choice: choice)
+    monkeypatch.setattr(tuning, "MOST_REPEATS", 1)
+    monkeypatch.setattr(tuning.Tuning, "_run", run)
+    monkeypatch.setattr(tuning.Tuning, "proven", lambda self, choice: choice.strategy in usual)
+    fastest = subject.choices("auto", None)[0]
+    assert fastest.strategy == "sequential"
+    in_turns = measured[-2 * tuning.TURNS :]
+    assert in_turns[::2] == ["eager"] * tuning.TURNS
+    assert in_turns[1::2] == ["sequential"] * tuning.TURNS
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_measured_choice_gives_the_same(name):
     subject = engine(name, "plain")
