@@ -9,7 +9,8 @@ may use two where each has one thread.
 
     --tasks tiny,mlp       some of the tasks (benchmarks/peers/simulation_tasks.py)
     --peers pfl,Flower     some of the peers: eager, pfl, Flower, FedJAX
-    --cores 2              two processes for us and pfl, two actors for Flower, two threads for FedJAX
+    --cores 2              two processes for us and pfl, two actors for Flower, two threads for FedJAX and, as another
+                           side, for us
     --device cuda          us, eager, and pfl with 1, 2, 4 and 8 processes, on one GPU
     --plot FILE            an SVG of how many times faster than pfl each side is
 """
@@ -53,7 +54,7 @@ from benchmarks.peers.simulation_run import Result
 from benchmarks.peers.simulation_tasks import TASKS, Weights
 
 ROOT = Path(__file__).parents[1]
-EAGER = "eager"
+EAGER, THREADS = "eager", "homespun threads"
 TORCH = os.environ.get("HOMESPUN_TORCH", "torch==2.13.*").split()
 REQUIREMENTS: Mapping[str, Sequence[str]] = {
     PFL: (*TORCH, "pfl==0.6.0", "psutil"),
@@ -123,18 +124,20 @@ class RunnerError(Exception):
 
 @dataclass(frozen=True)
 class Side:
-    """One framework with `processes` processes. `python`: of its environment."""
+    """One framework with `processes` processes of `threads` threads each. `python`: of its environment."""
 
     name: str
     runner: str
     python: Path
     processes: int = 1
+    threads: int = 1
 
     def command(
         self, task: str, rounds: int, device: str, weights: Path, dtype: str = "float32"
     ) -> list[str]:
         arguments = [f"benchmarks.peers.simulation_{self.runner}", task, f"--dtype={dtype}"]
-        arguments += [f"--rounds={rounds}", f"--processes={self.processes}", f"--device={device}"]
+        arguments += [f"--rounds={rounds}", f"--device={device}"]
+        arguments += [f"--processes={self.processes}", f"--threads={self.threads}"]
         launcher = ["-m"]
         if self.runner == "pfl" and self.processes > 1:
             count = f"--nproc-per-node={self.processes}"
@@ -218,6 +221,8 @@ class Benchmark:
     def sides(self) -> list[Side]:
         choices, here = self.choices, Path(sys.executable)
         made = [Side(OURS, "homespun", here, choices.cores)]
+        if choices.cores > 1:
+            made.append(Side(THREADS, "homespun", here, threads=choices.cores))
         for peer in choices.peers:
             if peer == EAGER:
                 made.append(Side(EAGER, "eager", here, choices.cores))
@@ -276,7 +281,7 @@ class Proof:
         except RunnerError as error:
             self._refuse(side, str(error))
             return None
-        reference = self._references["homespun" if side.name == OURS else "stored"]
+        reference = self._references["homespun" if side.runner == "homespun" else "stored"]
         distance = difference(trained.weights, reference, task.initial())
         self.apart[side.name] = max(distance, self.apart.get(side.name, 0.0))
         steps = task.num_steps() * (self._rounds + 1)

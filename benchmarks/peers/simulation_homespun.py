@@ -59,7 +59,7 @@ def batches_in_order(task: Task, data: Data, number: int) -> Iterator[list[Ints]
 
 def main() -> None:
     request = parse_request()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request.threads)
     data = request.data()
     arena = homespun.Arena({"x": data.x, "y": data.y}, data.offsets)
     rounds = Rounds(request, synchronize=lambda: synchronize(request.device))

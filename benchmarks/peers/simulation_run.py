@@ -26,12 +26,13 @@ from benchmarks.peers.simulation_tasks import TASKS, Data, Task
 
 @dataclass(frozen=True)
 class Request:
-    """What the runner is asked. `processes` share the work of a round, each with one thread."""
+    """What the runner is asked. `processes` share the work of a round, each with `threads` threads."""
 
     name: str
     task: Task
     num_rounds: int
     processes: int
+    threads: int
     device: str
     dtype: str
     weights: Path | None
@@ -65,6 +66,7 @@ def parse_request() -> Request:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--weights", type=Path)
@@ -81,6 +83,7 @@ def parse_request() -> Request:
         task=task,
         num_rounds=given.rounds or task.num_rounds,
         processes=given.processes,
+        threads=given.threads,
         device=given.device,
         dtype=given.dtype,
         weights=given.weights,

@@ -1,6 +1,8 @@
 """Compiled steps are the reference's, for every operation that is compiled; all else is refused."""
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -319,6 +321,48 @@ def test_small_models_are_compiled():
     assert subject.choices[0].strategy == "compiled"
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Meeting(ThreadPoolExecutor):
+    """Two calls at once, or none: each begins only when the other does, and ends only after both have begun."""
+
+    barrier = threading.Barrier(2)
+
+    def submit(self, function, /, *arguments, **options):
+        def met():
+            self.barrier.wait(timeout=60)
+            result = function(*arguments, **options)
+            self.barrier.wait(timeout=60)
+            return result
+
+        return super().submit(met)
+
+
+def test_parts_of_a_cohort_train_at_once_to_the_same_bits(monkeypatch, threads):
+    sizes = (400, 30, 900, 70) * 8  # milliseconds for a part
+    data = arena(sizes=sizes)
+    work = batches(data)
+    weights = torch.arange(1.0, len(sizes) + 1)
+    found = []
+    monkeypatch.setattr(compiled, "ThreadPoolExecutor", Meeting)
+    for count in (1, 2):
+        threads(count)
+        subject = CohortEngine(task(Perceptron(wide=64)), data, train_metrics=True)
+        subject.choices = (Choice("compiled", 4),)
+        each, metrics = subject.train(subject.initial(), work, RULE)
+        mean = subject.mean_path(subject.initial(), work, weights, RULE)
+        found.append((each.update, metrics, mean.vectors["update"], mean.metrics))
+    one, two = found
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[2], two[2])
+    assert (one[1], one[3]) == (two[1], two[3])
+
+
 def test_a_long_call_is_measured_on_few_clients_and_a_hopeless_one_on_one(monkeypatch):
     data = arena()
     made = CohortEngine(task(Perceptron()), data)
@@ -327,9 +371,9 @@ def test_a_long_call_is_measured_on_few_clients_and_a_hopeless_one_on_one(monkey
     calls = []
     run = compiled.Compiled.run
 
-    def counted(self, steps, local, clients, *others):
-        calls.append(clients)
-        return run(self, steps, local, clients, *others)
+    def counted(self, steps, *others):
+        calls.append(steps.num_clients)
+        return run(self, steps, *others)
 
     monkeypatch.setattr(compiled.Compiled, "run", counted)
     assert 0 < work.seconds_per_step(COMPILED, limit=60.0) < 60.0

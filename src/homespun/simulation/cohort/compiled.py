@@ -6,7 +6,9 @@ for a client or a step. For models whose steps take less time than PyTorch needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -16,6 +18,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from homespun.simulation.cohort import reference
 from homespun.simulation.cohort.cohort import Cohort, Recordable, Records
 from homespun.simulation.cohort.gather import Rows, Steps
 from homespun.simulation.cohort.kernel import BYTE, INDEX, POINTER, Array, Kernel, Number
@@ -24,7 +27,6 @@ from homespun.simulation.cohort.lowering import REAL, Lowering
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.parameter import Unsupported
 from homespun.simulation.cohort.program import Recording
-from homespun.simulation.cohort.reference import Reference
 from homespun.simulation.cohort.slots import PRODUCTS
 from homespun.types import AnyArray
 
@@ -54,10 +56,16 @@ PARAMETERS: dict[str, ir.Type] = {
 
 
 class Compiled:
-    """Trains chunks of clients; used as `Cohort` is."""
+    """Trains clients `size` at a time, several such parts at once; used as `Cohort` is.
 
-    def __init__(self, objective: Objective, chunk: int) -> None:
-        self.objective, self.chunk = objective, chunk
+    There are as many threads as PyTorch may use in an operation. Parts and the order in which they are added do not
+    depend on it, and so no bit of the result does.
+    """
+
+    chunk = sys.maxsize  # all of them at once
+
+    def __init__(self, objective: Objective, size: int) -> None:
+        self.objective, self.size = objective, size
 
     @torch.no_grad()
     def run(
@@ -72,48 +80,46 @@ class Compiled:
 
         Raises `Unsupported` where the model does what is not compiled, or the rule wants whole gradients.
         """
-        model, clients = local.model, steps.num_clients
-        part = slice(steps.first, steps.last)
-        target = model.new_zeros(*([clients] if mean is None else []), len(model))
-        num_steps = np.ascontiguousarray(steps.batches.num_steps[part])
-        if num_steps.any():
-            made = self._made(steps, local, totals.names)
-            rows = np.ascontiguousarray(steps.batches.rows[:, part])
-            present = np.ascontiguousarray(steps.batches.present[:, part])
-            start, drift = made.arranged(local.start), local.drift()
-            moves = drift is not None or local.shrink != 1
-            if moves:
-                drift = made.arranged(torch.zeros_like(model) if drift is None else drift)
-            share = model.new_ones(clients) if weights is None else weights.contiguous()
-            sums = torch.zeros(2 * len(totals.names), dtype=torch.float64)
-            wrong = made.function(
-                clients,
-                _address(num_steps),
-                _address(rows),
-                _address(present),
-                start.data_ptr(),
-                _stride(start),
-                moves,
-                local.shrink,
-                0 if drift is None else drift.data_ptr(),
-                0 if drift is None else _stride(drift),
-                local.optimizer.learning_rate * local.scale,
-                share.data_ptr(),
-                target.data_ptr(),
-                _stride(target),
-                sums.data_ptr(),
-                *map(_address, steps.rows.inputs.values()),
-            )
+        if not steps.batches.num_steps[steps.first : steps.last].any():
+            still = local.model.new_zeros(steps.num_clients, len(local.model))
+            return still if mean is None else None
+        updates = []
+        made = self._made(steps, local, totals.names)
+        calls = [made.call(part) for part in self._parts(steps, local, mean, weights)]
+        for call, wrong in zip(calls, self._called(calls), strict=True):
+            part, update = call.part, made.restored(call.target)
             if wrong:  # an index was out of range: PyTorch says which, or has a meaning for it
-                reference = Reference(self.objective, self.chunk)
-                return reference.run(steps, local, totals, mean, weights)
-            target = made.restored(target)
-            for index in range(len(totals.names)):
-                totals.add(index, *sums[2 * index : 2 * index + 2])
-        if mean is None:
-            return target
-        mean += target
-        return None
+                update = reference.updates(self.objective, part.steps, part.local, totals)
+                update = update if part.weights is None else part.weights @ update
+            else:
+                for index in range(len(totals.names)):
+                    totals.add(index, *call.sums[2 * index : 2 * index + 2])
+            if mean is None:
+                updates.append(update)
+            else:
+                mean += update
+        return torch.cat(updates) if mean is None else None
+
+    def _parts(
+        self, steps: Steps, local: Local, mean: Tensor | None, weights: Tensor | None
+    ) -> Iterator[_Part]:
+        clients = steps.num_clients
+        size = -(-clients // -(-clients // self.size))  # parts as equal as can be
+        for begin in range(0, clients, size):
+            end = min(begin + size, clients)
+            part = replace(steps, first=steps.first + begin, last=steps.first + end)
+            share = None if mean is None or weights is None else weights[begin:end].contiguous()
+            yield _Part(part, local.part(begin, end), share)
+
+    def _called(self, calls: Sequence[_Call]) -> Iterable[bool]:
+        """What each call gives, in their order."""
+        if len(calls) == 1 or torch.get_num_threads() == 1:
+            return map(_Call.run, calls)
+        return self._threads.map(_Call.run, calls)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(torch.get_num_threads(), "homespun-compiled")
 
     def _made(self, steps: Steps, local: Local, names: tuple[str, ...]) -> _Made:
         if not local.linear:
@@ -140,15 +146,78 @@ class Compiled:
                     arguments[place] = arguments[place].mT.contiguous().mT
             recording = Recording.of(recordable.function, arguments)
         writer = _Writer(steps.rows, self.objective.shapes, recordable, recording)
-        return _Made(writer.written(len(names)), _order(arguments[num_rows:]) if turned else None)
+        order = _order(arguments[num_rows:]) if turned else None
+        return _Made(writer.written(len(names)), 2 * len(names), order)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some clients. `weights` [m]: of their updates, whose sum is wanted instead of each."""
+
+    steps: Steps
+    local: Local
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A part's training, ready to be run. `target`: gets its updates [m, d], or their weighted sum [d]; `sums`: gets
+    sum and count of each measure; `kept`: whose memory the arguments point to, too."""
+
+    part: _Part
+    function: Function
+    arguments: Sequence[int | float]
+    target: Tensor
+    sums: Tensor
+    kept: Sequence[object]
+
+    def run(self) -> bool:
+        """Whether an index was out of range, and so nothing that was written means anything."""
+        return bool(self.function(*self.arguments))
 
 
 @dataclass(frozen=True)
 class _Made:
-    """`order`: where each number of the kernel's state is in the flat vector, if not at the same place."""
+    """`num_sums`: of a call, two for each measure; `order`: where each number of the kernel's state is in the flat
+    vector, if not at the same place."""
 
     function: Function
+    num_sums: int
     order: Tensor | None
+
+    def call(self, part: _Part) -> _Call:
+        steps, local, model = part.steps, part.local, part.local.model
+        clients, chosen = steps.num_clients, slice(steps.first, steps.last)
+        num_steps = np.ascontiguousarray(steps.batches.num_steps[chosen])
+        rows = np.ascontiguousarray(steps.batches.rows[:, chosen])
+        present = np.ascontiguousarray(steps.batches.present[:, chosen])
+        start, drift = self.arranged(local.start), local.drift()
+        moves = drift is not None or local.shrink != 1
+        if moves:
+            drift = self.arranged(torch.zeros_like(model) if drift is None else drift)
+        share = model.new_ones(clients) if part.weights is None else part.weights
+        target = model.new_zeros(*([clients] if part.weights is None else []), len(model))
+        sums = torch.zeros(self.num_sums, dtype=torch.float64)
+        arguments = (
+            clients,
+            _address(num_steps),
+            _address(rows),
+            _address(present),
+            start.data_ptr(),
+            _stride(start),
+            moves,
+            local.shrink,
+            0 if drift is None else drift.data_ptr(),
+            0 if drift is None else _stride(drift),
+            local.optimizer.learning_rate * local.scale,
+            share.data_ptr(),
+            target.data_ptr(),
+            _stride(target),
+            sums.data_ptr(),
+            *map(_address, steps.rows.inputs.values()),
+        )
+        kept = (num_steps, rows, present, start, drift, share)
+        return _Call(part, self.function, arguments, target, sums, kept)
 
     def arranged(self, vector: Tensor) -> Tensor:
         """[d] or [m, d], from the flat order to the kernel's."""

@@ -523,11 +523,11 @@ def _machine() -> _Machine:
 
 
 class _Compiled:
-    """A function in memory, with all that it needs there."""
+    """A function in memory, with all that it needs there; several threads may call it at once."""
 
     def __init__(self, text: str, types: list[Any], room: int, kept: object) -> None:
-        self._memory, self._kept = ctypes.create_string_buffer(room + ALIGNED), kept
-        self._rooms = -(-ctypes.addressof(self._memory) // ALIGNED) * ALIGNED
+        self._room, self._kept = room, kept
+        self._rooms: list[Any] = []  # that no call writes to at present
         machine = _machine().target()  # which the engine takes over
         module = llvm.parse_assembly(text)
         module.verify()
@@ -540,5 +540,11 @@ class _Compiled:
         self._function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(address)
 
     def __call__(self, *arguments: int | float) -> int:
-        result: int = self._function(self._rooms, *arguments)
+        try:
+            memory = self._rooms.pop()
+        except IndexError:
+            memory = ctypes.create_string_buffer(self._room + ALIGNED)
+        address = -(-ctypes.addressof(memory) // ALIGNED) * ALIGNED
+        result: int = self._function(address, *arguments)
+        self._rooms.append(memory)
         return result
