@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FEW, MANY = 3, 5
 """Clients of the two recordings; neither number is a multiple of the other."""
@@ -70,7 +71,10 @@ def record(
 
     Raises `Unrecordable`.
     """
-    few, many = (Recording.of(function, arguments(n)) for n in ((1, 1) if alone else (FEW, MANY)))
+    few, many = (
+        _with_one_exponential(Recording.of(function, arguments(n)))
+        for n in ((1, 1) if alone else (FEW, MANY))
+    )
     program = _Writer(few, many, 0 if alone else num_rows, fixed).program()
     counts = (1, 1) if alone else CHECKED
     steps = [arguments(n) for n in counts]
@@ -141,6 +145,16 @@ class Recording:
         with _Recorder() as recorder:
             results = function(*arguments)
         return cls(arguments, recorder.calls, results)
+
+    def uses(self, meant: Callable[[Tensor], bool]) -> list[int]:
+        """Places of the calls that are given such a tensor."""
+        return [
+            place
+            for place, call in enumerate(self.calls)
+            if any(
+                isinstance(it, Tensor) and meant(it) for it in tree_leaves((call.args, call.kwargs))
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -325,6 +339,37 @@ def _width(one: Tensor, other: Tensor) -> int | None:
     return few[0] // FEW if first and few[1:] == many[1:] else 0
 
 
+def _with_one_exponential(recording: Recording) -> Recording:
+    """The same with a softmax for each `exp_(log_softmax(rows))` of many classes, where of the logarithms only a
+    `gather` was used before, as in `losses.cross_entropy`: two exponentials cost as much as a product."""
+    calls: list[Call | None] = list(recording.calls)
+    for first, call in enumerate(recording.calls):
+        if call.function is not torch.ops.aten._log_softmax.default:
+            continue
+        (rows, axis, _), (logarithms,) = call.args, call.results
+        second, third, *_ = *recording.uses(lambda it: it is logarithms), first, first  # noqa: B023
+        gather, exp = recording.calls[second], recording.calls[third]
+        if (
+            gather.function is not torch.ops.aten.gather.default
+            or exp.function is not torch.ops.aten.exp_.default
+            or not axis == gather.args[1] == -1
+            or rows.shape[-1] <= NARROW
+            or any(c.function._schema.is_mutable for c in recording.calls[first:second])
+        ):
+            continue
+        kept = [*recording.arguments, *recording.results]
+        same = recording.uses(lambda it: _memory(it) == _memory(rows))  # noqa: B023
+        here = max(same) <= second and all(_memory(it) != _memory(rows) for it in kept)
+        both = [logarithms, *gather.results]
+        calls[first] = calls[third] = None
+        calls[second] = Call(_SOFTMAX, (rows, gather.args[2], here), {}, both, several=True)
+    return replace(recording, calls=[call for call in calls if call is not None])
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _does_nothing(call: Call) -> bool:
     """Whether the result is the first argument once more."""
     if call.function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -353,4 +398,25 @@ def _log_softmax(rows: Tensor, dim: int, half_to_float: bool) -> Tensor:
     return shifted.sub_(shifted.exp().sum(dim, keepdim=True).log_())
 
 
-_faster: dict[Any, Callable[..., Tensor]] = {torch.ops.aten._log_softmax.default: _log_softmax}
+def _softmax(rows: Tensor, index: Tensor, here: bool) -> tuple[Tensor, Tensor]:
+    """softmax(rows), in the memory of `rows` if it is `here`, and log_softmax(rows).gather(-1, index)."""
+    chosen = rows.gather(-1, index).sub_(rows.amax(-1, keepdim=True))
+    result = torch.softmax(rows, -1, out=rows if here else None)
+    # The largest of a row is 1 / sum(exp(row - top)), whose logarithm is exact where that of a small one is not.
+    return result, chosen.add_(result.amax(-1, keepdim=True).log_())
+
+
+def _rnn_layer(*arguments: Any) -> Any:
+    """What the backward pass needs is kept only where gradients are enabled."""
+    with torch.enable_grad():
+        return torch.ops.aten.mkldnn_rnn_layer.default(*arguments)
+
+
+_library = torch.library.Library("homespun", "DEF")  # type: ignore[no-untyped-call]
+_library.define("softmax(Tensor rows, Tensor index, bool here) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_SOFTMAX = torch.ops.homespun.softmax.default
+_faster: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._log_softmax.default: _log_softmax,
+    torch.ops.aten.mkldnn_rnn_layer.default: _rnn_layer,
+    _SOFTMAX: _softmax,
+}
