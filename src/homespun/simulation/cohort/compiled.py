@@ -85,8 +85,8 @@ class Compiled:
             return still if mean is None else None
         updates = []
         made = self._made(steps, local, totals.names)
-        calls = [made.call(part) for part in self._parts(steps, local, mean, weights)]
-        for call, wrong in zip(calls, self._called(calls), strict=True):
+        parts = list(self._parts(steps, local, mean, weights))
+        for call, wrong in self._called(made, parts):
             part, update = call.part, made.restored(call.target)
             if wrong:  # an index was out of range: PyTorch says which, or has a meaning for it
                 update = reference.updates(self.objective, part.steps, part.local, totals)
@@ -111,11 +111,15 @@ class Compiled:
             share = None if mean is None or weights is None else weights[begin:end].contiguous()
             yield _Part(part, local.part(begin, end), share)
 
-    def _called(self, calls: Sequence[_Call]) -> Iterable[bool]:
-        """What each call gives, in their order."""
-        if len(calls) == 1 or torch.get_num_threads() == 1:
-            return map(_Call.run, calls)
-        return self._threads.map(_Call.run, calls)
+    def _called(self, made: _Made, parts: Sequence[_Part]) -> Iterator[tuple[_Call, bool]]:
+        """Each part's call and what it gives, in their order."""
+        if len(parts) == 1 or torch.get_num_threads() == 1:
+            for part in parts:
+                call = made.call(part)
+                yield call, call.run()
+        else:
+            calls = [made.call(part) for part in parts]
+            yield from zip(calls, self._threads.map(_Call.run, calls), strict=True)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
