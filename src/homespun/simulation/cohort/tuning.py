@@ -63,7 +63,7 @@ FACTORED_SIZE = 8192
 MOST_STEPS = 64
 """Of each client in a measurement: enough for the history of products to cost what it costs."""
 MOST_REPEATS, CERTAIN_SECONDS = 50, 0.06
-"""Measured so often, for so long at most: what takes longer is measured once and cannot be noise."""
+"""Measured so often, for so long at most: what takes longer is measured once, which noise may turn round."""
 PATIENCE_SECONDS = 5.0
 """For larger chunks, where a round takes less."""
 EQUAL = 1.1
