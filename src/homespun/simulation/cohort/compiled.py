@@ -20,7 +20,7 @@ from torch import Tensor
 
 from homespun.simulation.cohort import reference
 from homespun.simulation.cohort.cohort import Cohort, Recordable, Records
-from homespun.simulation.cohort.gather import Rows, Steps
+from homespun.simulation.cohort.gather import Rows, Steps, spans
 from homespun.simulation.cohort.kernel import BYTE, INDEX, POINTER, Array, Kernel, Number
 from homespun.simulation.cohort.local import Local
 from homespun.simulation.cohort.lowering import REAL, Lowering
@@ -35,6 +35,8 @@ Function = Callable[..., int]
 TRANSPOSED_OUTPUTS, TRANSPOSED_SIZE = 32, 8192
 """A transposed matrix is added to in rows of at least so many numbers: fewer would leave registers half empty. And it
 is read in columns, for which all of it must be in the nearest cache."""
+PREPARED = 8
+"""Calls for each thread that are prepared at a time: each has a vector as long as the model, or one per client."""
 PARAMETERS: dict[str, ir.Type] = {
     "clients": INDEX,
     "num_steps": POINTER,  # of each client
@@ -85,7 +87,7 @@ class Compiled:
             return still if mean is None else None
         updates = []
         made = self._made(steps, local, totals.names)
-        parts = list(self._parts(steps, local, mean, weights))
+        parts = self._parts(steps, local, weights)
         for call, wrong in self._called(made, parts):
             part, update = call.part, made.restored(call.target)
             if wrong:  # an index was out of range: PyTorch says which, or has a meaning for it
@@ -100,26 +102,23 @@ class Compiled:
                 mean += update
         return torch.cat(updates) if mean is None else None
 
-    def _parts(
-        self, steps: Steps, local: Local, mean: Tensor | None, weights: Tensor | None
-    ) -> Iterator[_Part]:
-        clients = steps.num_clients
-        size = -(-clients // -(-clients // self.size))  # parts as equal as can be
-        for begin in range(0, clients, size):
-            end = min(begin + size, clients)
-            part = replace(steps, first=steps.first + begin, last=steps.first + end)
-            share = None if mean is None or weights is None else weights[begin:end].contiguous()
-            yield _Part(part, local.part(begin, end), share)
+    def _parts(self, steps: Steps, local: Local, weights: Tensor | None) -> list[_Part]:
+        return [
+            _Part(
+                replace(steps, first=steps.first + begin, last=steps.first + end),
+                local.part(begin, end),
+                None if weights is None else weights[begin:end].contiguous(),
+            )
+            for begin, end in spans(steps.num_clients, self.size)
+        ]
 
     def _called(self, made: _Made, parts: Sequence[_Part]) -> Iterator[tuple[_Call, bool]]:
         """Each part's call and what it gives, in their order."""
-        if len(parts) == 1 or torch.get_num_threads() == 1:
-            for part in parts:
-                call = made.call(part)
-                yield call, call.run()
-        else:
-            calls = [made.call(part) for part in parts]
-            yield from zip(calls, self._threads.map(_Call.run, calls), strict=True)
+        threads = torch.get_num_threads()
+        for begin in range(0, len(parts), PREPARED * threads):
+            calls = [made.call(part) for part in parts[begin : begin + PREPARED * threads]]
+            run = map if threads == 1 or len(calls) == 1 else self._threads.map
+            yield from zip(calls, run(_Call.run, calls), strict=True)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

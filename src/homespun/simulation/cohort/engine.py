@@ -20,7 +20,7 @@ from homespun.simulation.arena import Arena
 from homespun.simulation.batches import Batches
 from homespun.simulation.cohort import evaluation, reference, tuning
 from homespun.simulation.cohort.cohort import factorable
-from homespun.simulation.cohort.gather import Rows
+from homespun.simulation.cohort.gather import Rows, spans
 from homespun.simulation.cohort.local import Local, resolve
 from homespun.simulation.cohort.objective import Objective, Totals
 from homespun.simulation.cohort.results import Choice, Partial
@@ -128,10 +128,7 @@ class CohortEngine:
         clients = len(batches.clients)
         if clients:
             strategy = self._strategy(batches, local, totals)
-            chunks = -(-clients // strategy.chunk)
-            size = -(-clients // chunks)  # chunks as equal as can be
-            for first in range(0, clients, size):
-                last = min(first + size, clients)
+            for first, last in spans(clients, strategy.chunk):
                 steps, mine = self.rows.steps(batches, first, last), local.part(first, last)
                 share = None if weights is None else weights[first:last]
                 update = strategy.run(steps, mine, totals, mean, share)

@@ -40,6 +40,12 @@ class Step:
     place: int
 
 
+def spans(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of parts of at most `most` of `count`, at least one: as few as can be, as equal as can be."""
+    size = -(-count // -(-count // most))
+    return ((begin, min(begin + size, count)) for begin in range(0, count, size))
+
+
 class TooSlow(Exception):  # noqa: N818
     """The steps went on for longer than they were given."""
 

@@ -412,7 +412,7 @@ def _rnn_layer(*arguments: Any) -> Any:
         return torch.ops.aten.mkldnn_rnn_layer.default(*arguments)
 
 
-_library = torch.library.Library("homespun", "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("homespun", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("softmax(Tensor rows, Tensor index, bool here) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
 _SOFTMAX = torch.ops.homespun.softmax.default
 _faster: dict[Any, Callable[..., Any]] = {
