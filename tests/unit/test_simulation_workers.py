@@ -188,6 +188,30 @@ def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
     assert Clock.now - began == 20.0  # the fast one alone needs 24, halves 60
 
 
+def test_a_worker_that_was_slow_once_is_tried_again(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: Clock.now)
+    usual, once_slow = Slow(1.0), Slow(1.0)
+    team = Team([usual, once_slow], lambda shard: float(shard.clients[0]))
+    for number in range(2):
+        team.run(order(number), shards(4, 4))
+    once_slow.pace = 9.0
+    team.run(order(2), shards(4, 4))
+    once_slow.pace, once_slow.trained = 1.0, []
+    team.run(order(3), shards(4, 4))
+    assert once_slow.trained == []
+    for number in range(4, 30):
+        team.run(order(number), shards(4, 4))
+    assert len(once_slow.trained) > 10
+
+
+def test_every_worker_makes_its_engine_in_the_first_round_though_one_measures_for_all():
+    first, second = Slow(1.0), Slow(1.0)
+    team = Team([first, second], lambda shard: 1.0)
+    team.run(order(1), shards(3))
+    team.run(order(2), shards(4))
+    assert (first.trained, second.trained) == ([3], [4])
+
+
 def test_what_is_left_of_a_failed_round_is_not_taken_for_the_next():
     team = Team([Slow(1.0), Slow(1.0)], lambda shard: 1.0)
     with pytest.raises(NumericFailure):

@@ -28,6 +28,8 @@ START_SECONDS = 300.0
 """So long may it take until there is a worker at all."""
 LOOK_AGAIN_SECONDS = 1.0
 """An idle worker waits no longer for a faster one before the shards are dealt anew."""
+BELIEVED_FASTER = 0.9
+"""After a round without work, by this factor: who was slow by accident must be tried again some day."""
 
 
 class Makes(Protocol):
@@ -124,9 +126,11 @@ class Workers(ABC, Generic[W]):
         work = [max(self._work(shard), 1.0) for shard in shards]
         waiting = sorted(range(len(shards)), key=lambda index: -work[index])
         deaths, found = Counter[str](), dict[int, ShardSum]()
+        without_work = list(self._members)
         while len(found) < len(shards):
             for member, index in self._dealt(waiting, work):
                 waiting.remove(index)
+                without_work = [other for other in without_work if other is not member]
                 try:
                     member.give(index, work[index], (self._num_orders, letter, shards[index]))
                 except Lost as lost:
@@ -145,11 +149,15 @@ class Workers(ABC, Generic[W]):
                 else:
                     found[member.shard] = answer
                     member.done()
+        for member in without_work:
+            if member.pace is not None:
+                member.pace *= BELIEVED_FASTER
         return [found[index] for index in range(len(shards))]
 
     def _dealt(self, waiting: Sequence[int], work: Sequence[float]) -> list[tuple[_Member[W], int]]:
         """What each idle worker trains next, if anything: a slow one may do best to leave the rest to others."""
         ready = [member for member in self._members if member.ready]
+        ready.sort(key=lambda member: member.warm)  # engines are made as early as can be
         known = [member.pace for member in ready if member.pace is not None]
         usual = sum(known) / len(known) if known else 1.0
         paces = [usual if member.pace is None else member.pace for member in ready]
