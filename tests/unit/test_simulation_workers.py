@@ -188,20 +188,27 @@ def test_a_slow_worker_is_given_less_once_it_is_known(monkeypatch):
     assert Clock.now - began == 20.0  # the fast one alone needs 24, halves 60
 
 
-def test_a_worker_that_was_slow_once_is_tried_again(monkeypatch):
+def test_a_worker_that_is_slow_once_keeps_its_share_and_one_that_was_slow_is_tried_again(
+    monkeypatch,
+):
     monkeypatch.setattr("time.monotonic", lambda: Clock.now)
-    usual, once_slow = Slow(1.0), Slow(1.0)
-    team = Team([usual, once_slow], lambda shard: float(shard.clients[0]))
-    for number in range(2):
-        team.run(order(number), shards(4, 4))
-    once_slow.pace = 9.0
-    team.run(order(2), shards(4, 4))
-    once_slow.pace, once_slow.trained = 1.0, []
-    team.run(order(3), shards(4, 4))
-    assert once_slow.trained == []
-    for number in range(4, 30):
-        team.run(order(number), shards(4, 4))
-    assert len(once_slow.trained) > 10
+    usual, other = Slow(1.0), Slow(1.0)
+    team = Team([usual, other], lambda shard: float(shard.clients[0]))
+
+    def shards_of_the_other(rounds):
+        other.trained = []
+        for number in range(rounds):
+            team.run(order(number), shards(4, 4))
+        return len(other.trained)
+
+    assert shards_of_the_other(3) == 3
+    for other.pace in (9.0, 1.0):
+        assert shards_of_the_other(1) == 1
+    other.pace = 9.0
+    assert shards_of_the_other(2) == 2
+    assert shards_of_the_other(50) == 0
+    other.pace = 1.0
+    assert shards_of_the_other(50) > 10
 
 
 def test_every_worker_makes_its_engine_in_the_first_round_though_one_measures_for_all():

@@ -10,7 +10,7 @@ import pickle
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -28,8 +28,8 @@ START_SECONDS = 300.0
 """So long may it take until there is a worker at all."""
 LOOK_AGAIN_SECONDS = 1.0
 """An idle worker waits no longer for a faster one before the shards are dealt anew."""
-BELIEVED_FASTER = 0.9
-"""After a round without work, by this factor: who was slow by accident must be tried again some day."""
+BELIEVED_FASTER = 0.98
+"""By this factor after a round without work: who was slow for a while must be tried again some day."""
 
 
 class Makes(Protocol):
@@ -62,11 +62,11 @@ W = TypeVar("W", bound=Worker)
 
 
 class _Member(Generic[W]):
-    """A worker, the index of the shard that it trains, and what it took for a unit of work so far."""
+    """A worker, the index of the shard that it trains, and the seconds that a unit of work took of late."""
 
     def __init__(self, worker: W) -> None:
         self.worker = worker
-        self.pace: float | None = None
+        self._paces = deque[float](maxlen=2)
         self.start()
 
     def start(self) -> None:
@@ -81,16 +81,24 @@ class _Member(Generic[W]):
     def idle(self) -> bool:
         return self.ready and self.shard < 0
 
+    @property
+    def pace(self) -> float | None:
+        """The better of the last two: a single slow shard is an accident."""
+        return min(self._paces, default=None)
+
     def give(self, index: int, work: float, job: Any) -> None:
         self.shard, self.work, self.began = index, work, time.monotonic()
         self.worker.send(job)
 
     def done(self) -> None:
         """Learn from the shard that is trained, unless the worker had to make its engine for it."""
-        pace = (time.monotonic() - self.began) / self.work
         if self.warm:
-            self.pace = pace if self.pace is None else (self.pace + pace) / 2
+            self._paces.append((time.monotonic() - self.began) / self.work)
         self.warm, self.shard = True, -1
+
+    def rest(self) -> None:
+        """It had nothing to train for a round."""
+        self._paces.extend([pace * BELIEVED_FASTER for pace in self._paces])
 
     def seconds_left(self, pace: float) -> float:
         """Until it is idle. Who is late already is believed to be late by as much again."""
@@ -126,11 +134,11 @@ class Workers(ABC, Generic[W]):
         work = [max(self._work(shard), 1.0) for shard in shards]
         waiting = sorted(range(len(shards)), key=lambda index: -work[index])
         deaths, found = Counter[str](), dict[int, ShardSum]()
-        without_work = list(self._members)
+        worked = set[_Member[W]]()
         while len(found) < len(shards):
             for member, index in self._dealt(waiting, work):
                 waiting.remove(index)
-                without_work = [other for other in without_work if other is not member]
+                worked.add(member)
                 try:
                     member.give(index, work[index], (self._num_orders, letter, shards[index]))
                 except Lost as lost:
@@ -149,9 +157,8 @@ class Workers(ABC, Generic[W]):
                 else:
                     found[member.shard] = answer
                     member.done()
-        for member in without_work:
-            if member.pace is not None:
-                member.pace *= BELIEVED_FASTER
+        for member in set(self._members) - worked:
+            member.rest()
         return [found[index] for index in range(len(shards))]
 
     def _dealt(self, waiting: Sequence[int], work: Sequence[float]) -> list[tuple[_Member[W], int]]:
